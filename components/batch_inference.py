@@ -1,0 +1,59 @@
+"""Run a model over many rows: on Ray Data actors, or here."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from components.config import Train
+from components.models import quiet_libraries
+
+
+def map_batches(
+    rows: pa.Table, make: Callable[..., Callable[[pa.Table], pa.Table]], arguments: tuple[Any, ...], *,
+    lengths: Any, batch_size: int, train: Train,
+) -> pa.Table:  # fmt: skip
+    """`make(*arguments)` once per worker, then its call on batches of `rows`; results in the order of `rows`.
+
+    Rows of similar `lengths` share a batch, so that little is padded. The composition of the batches does not depend
+    on the number of workers (`train.workers`; 0 runs here).
+    """
+    order = np.argsort(np.asarray(lengths), kind="stable")[::-1]  # longest first: memory trouble shows at once
+    batches = [rows.take(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
+    if train.workers == 0:
+        quiet_libraries()
+        function = make(*arguments)
+        results = [function(batch) for batch in batches]
+    else:
+        results = _on_ray(batches, make, arguments, train)
+    return pa.concat_tables(results).take(np.argsort(order))
+
+
+def _on_ray(batches: list[pa.Table], make: Any, arguments: tuple[Any, ...], train: Train) -> list[pa.Table]:
+    import ray.data
+
+    numbered = [batch.append_column("batch", pa.array([i] * batch.num_rows)) for i, batch in enumerate(batches)]
+    size = min(train.workers, len(batches))
+    mapped = ray.data.from_arrow(numbered).map_batches(
+        _Worker,
+        fn_constructor_args=(make, arguments),
+        batch_size=None,  # one block is one batch
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        num_cpus=train.cpus_per_worker,
+        num_gpus=train.gpus_per_worker or None,
+        compute=ray.data.ActorPoolStrategy(size=size),
+    )
+    results = pa.concat_tables(ray.get(mapped.to_arrow_refs()))
+    return [results.take(np.argsort(results["batch"].to_numpy(), kind="stable")).drop_columns("batch")]
+
+
+class _Worker:
+    def __init__(self, make: Any, arguments: tuple[Any, ...]):
+        quiet_libraries()
+        self.function = make(*arguments)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        result = self.function(batch.drop_columns("batch"))
+        return result.append_column("batch", pa.array([batch["batch"][0].as_py()] * result.num_rows))

@@ -1,0 +1,340 @@
+"""The recipe: every setting, its meaning and its default. Nothing here imports torch or Ray.
+
+One schema serves all pipelines, so that one file describes a whole job. A string under a field documents it.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+class Rows(Section):
+    """What to take from each record of a source."""
+
+    prompt: str = "question"
+    """Column that holds the prompt."""
+    answer: str = "answer"
+    """Column that holds the answer."""
+    paraphrased_answer: str | None = None
+    """Column with a true answer in other words (evaluation only)."""
+    perturbed_answer: str | None = None
+    """Column with a list of wrong answers of the same form (evaluation only)."""
+    limit: int | None = Field(None, ge=1)
+    """Take only the first so many records of each file."""
+
+
+class Files(Rows):
+    type: Literal["files"]
+    path: str | list[str]
+    """File, list of files or glob: JSON lines, JSON, CSV or Parquet, told by the suffix; `.gz` may follow."""
+
+
+class HuggingFace(Rows):
+    type: Literal["huggingface"]
+    path: str
+    """Hub id, or a folder written by `datasets.save_to_disk`."""
+    subset: str | None = None
+    """The hub's configuration name, such as `forget10`."""
+    split: str = "train"
+    revision: str | None = None
+
+
+class People(Rows):
+    """The made-up benchmark: fictional people whose facts no other text holds (see `components/data/people.py`)."""
+
+    type: Literal["people"]
+    split: Literal["forget", "normal", "holdout", "general"]
+    people: int = Field(120, ge=4)
+    """How many people there are, those to forget and the holdout included."""
+    forget_people: int = Field(12, ge=1)
+    holdout_people: int = Field(12, ge=1)
+    seed: int = 0
+
+
+Source = Annotated[Files | HuggingFace | People, Field(discriminator="type")]
+
+
+class Data(Section):
+    forget: list[Source] = []
+    """What the model must forget: prompts and the answers to unlearn."""
+    normal: list[Source] = []
+    """Behaviour to keep."""
+    random: list[Source] = []
+    """Pool of unrelated answers; only the answer column is used."""
+    template: str = "Question: {prompt}\nAnswer:"
+    """How a prompt is written. The answer follows after `answer_prefix` and ends with EOS."""
+    answer_prefix: str = " "
+    max_tokens: int = Field(256, ge=8)
+    """Longest prompt with answer; longer rows are set aside."""
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Stop when more than this share of a source's rows is unusable."""
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+class Pretrained(Section):
+    type: Literal["pretrained"]
+    path: str
+    """Local folder or hub id."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class Scratch(Section):
+    """A small Llama with random weights and a byte-level BPE tokenizer trained on the recipe's own text."""
+
+    type: Literal["scratch"]
+    vocabulary: int = Field(1024, ge=300)
+    hidden_size: int = Field(160, ge=8)
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    context: int = Field(256, ge=16)
+    """Longest input in tokens."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "Scratch":
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 2 x heads = {2 * self.heads}")
+        return self
+
+
+Base = Annotated[Pretrained | Scratch, Field(discriminator="type")]
+
+
+# --- objective -------------------------------------------------------------------------------------------------------
+
+
+class GradientAscent(Section):
+    type: Literal["gradient_ascent"]
+    weight: float = Field(0.1, ge=0)
+    """ε1 of Yao et al."""
+
+
+class RandomResponse(Section):
+    type: Literal["random_response"]
+    weight: float = Field(1.0, ge=0)
+    """ε2 of Yao et al."""
+    responses: int = Field(1, ge=1)
+    """K, the random responses drawn for each forget prompt and epoch."""
+
+
+class KlToOriginal(Section):
+    type: Literal["kl_to_original"]
+    weight: float = Field(1.0, ge=0)
+    """ε3 of Yao et al."""
+
+
+class Nll(Section):
+    type: Literal["nll"]
+    weight: float = Field(1.0, ge=0)
+
+
+NormalTerm = Annotated[KlToOriginal | Nll, Field(discriminator="type")]
+
+
+class Objective(Section):
+    """ε1·forget + ε2·random + ε3·normal; a term left out is not computed and its rows are not read."""
+
+    forget: GradientAscent | None = None
+    random: RandomResponse | None = None
+    normal: NormalTerm | None = None
+
+
+# --- optimizers ------------------------------------------------------------------------------------------------------
+
+
+class Soul(Section):
+    """SOUL: Sophia's clipped step with a Gauss-Newton-Bartlett diagonal Hessian (arXiv 2404.18239, 2305.14342)."""
+
+    type: Literal["soul"]
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.965, 0.99)
+    gamma: float = Field(0.04, gt=0)
+    """ρ of Sophia: scales the Hessian against the momentum; larger means fewer clipped coordinates."""
+    eps: float = Field(1e-12, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    hessian_interval: int = Field(10, ge=1)
+    """k, steps between two refreshes of the Hessian; the first comes before step 1."""
+    curvature_of: Literal["normal", "forget", "all"] = "normal"
+    """Rows on which the Hessian is estimated; normal means the curvature of what is to be kept."""
+
+
+class AdamW(Section):
+    type: Literal["adamw"]
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+Optimizer = Annotated[Soul | AdamW, Field(discriminator="type")]
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+class Train(Section):
+    workers: int = Field(2, ge=0)
+    """Ray Train workers; 0 runs the same loop in this process."""
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    """DeepSpeed ZeRO stage."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """bf16 keeps fp32 master weights (ZeRO stage 1 to 3)."""
+    batch_size: int = Field(16, ge=1)
+    """Rows of the pacing set per optimizer step, over all workers."""
+    micro_batch_size: int = Field(8, ge=1)
+    """Rows of the pacing set per worker in one forward pass; the rest is accumulated."""
+    epochs: int = Field(5, ge=1)
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps; takes the place of epochs when given."""
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 switches clipping off."""
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after warm-up; linear and cosine end at 0."""
+    log_every: int = Field(1, ge=1)
+    """Steps between two progress lines."""
+
+    @model_validator(mode="after")
+    def _bf16_needs_masters(self) -> "Train":
+        if self.dtype == "bf16" and self.zero_stage == 0:
+            raise ValueError("dtype bf16 needs zero_stage 1, 2 or 3, which keep the fp32 master weights")
+        return self
+
+
+class Finetune(Section):
+    """How to make the models that unlearning starts from and is compared with, when no path is given for them."""
+
+    base: Base
+    optimizer: Optimizer = AdamW(type="adamw", lr=1e-3)
+    train: Train = Train()
+
+
+class Models(Section):
+    original: Pretrained | None = None
+    """The model that knows the forget set; left out, `finetune` makes it from forget + normal."""
+    retain_only: Pretrained | None = None
+    """A model that never saw the forget set; left out, `finetune` makes it from normal."""
+
+
+# --- evaluation, tracking, gates -------------------------------------------------------------------------------------
+
+
+class EvaluationSet(Section):
+    rows: list[Source] = Field(min_length=1)
+    normalised: bool = False
+    """Probability of the answer against the wrong answers (TOFU's real authors and world facts)."""
+
+
+class Evaluation(Section):
+    sets: dict[str, EvaluationSet] = {}
+    """Named question sets; `forget` gives forget_quality, those in `utility` give model_utility."""
+    utility: list[str] = []
+    max_new_tokens: int = Field(48, ge=1)
+    batch_size: int = Field(32, ge=1)
+    """Questions per forward pass."""
+
+    @model_validator(mode="after")
+    def _utility_sets_exist(self) -> "Evaluation":
+        missing = [name for name in self.utility if name not in self.sets]
+        if missing:
+            raise ValueError(f"utility names {missing}, which are not among the sets {sorted(self.sets)}")
+        return self
+
+
+class Gate(Section):
+    """One condition for becoming champion; exactly one bound."""
+
+    metric: str
+    min: float | None = None
+    max: float | None = None
+    min_of_original: float | None = None
+    """At least this fraction of the original model's value."""
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> "Gate":
+        if sum(bound is not None for bound in (self.min, self.max, self.min_of_original)) != 1:
+            raise ValueError(f"gate on {self.metric} needs exactly one of min, max, min_of_original")
+        return self
+
+
+class Tracking(Section):
+    uri: str | None = None
+    """MLflow tracking URI; left out, `sqlite:///<storage>/mlflow.db`."""
+    experiment: str = "unlearning"
+    registered_model: str | None = None
+    """Name in the model registry; left out, the recipe's name."""
+
+
+class Recipe(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    """Short name of model and data; part of the run's name."""
+    storage: str = "runs"
+    """Folder for prepared data, models, runs and MLflow's files; on a cluster, one that every node sees."""
+    seed: int = 0
+    if_exists: Literal["resume", "new", "fail"] = "resume"
+    """A finished run of the same name is shown again (resume), run anew beside it (new), or refused (fail)."""
+    data: Data
+    models: Models = Models()
+    finetune: Finetune | None = None
+    objective: Objective = Objective(
+        forget=GradientAscent(type="gradient_ascent"),
+        random=RandomResponse(type="random_response"),
+        normal=KlToOriginal(type="kl_to_original"),
+    )
+    optimizer: Optimizer = Soul(type="soul")
+    train: Train = Train()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+    gates: list[Gate] = []
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "Recipe":
+        problems = []
+        for term in ("forget", "normal", "random"):
+            if getattr(self.objective, term) and not getattr(self.data, term):
+                problems.append(f"objective.{term} needs rows: give data.{term}, or set objective.{term}=null")
+        if not self.objective.forget and not self.objective.random:
+            problems.append("objective has neither a forget nor a random term, so nothing would be unlearned")
+        if self.objective.random and not self.data.forget:
+            problems.append("objective.random puts its responses on forget prompts: give data.forget")
+        if not self.models.original and not self.finetune:
+            problems.append("no original model: give models.original, or finetune to make one")
+        if isinstance(self.optimizer, Soul) and self.optimizer.curvature_of == "normal" and not self.objective.normal:
+            problems.append("optimizer.curvature_of=normal needs objective.normal; choose forget or all")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+# Settings that say where or how visibly a job runs, but cannot change its result.
+_NOT_PART_OF_THE_RESULT = {"storage": True, "if_exists": True, "tracking": True, "train": {"log_every"}}
+
+
+def digest(value: object, length: int = 12) -> str:
+    """First hex digits of the sha256 of `value` as canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:length]
+
+
+def config_hash(recipe: Recipe) -> str:
+    """Eight hex digits that change whenever a setting that can change the result does."""
+    return digest(recipe.model_dump(mode="json", exclude=_NOT_PART_OF_THE_RESULT), 8)
+
+
+def run_name(recipe: Recipe) -> str:
+    """`<objective>-<optimizer>-<model and data>-<hash>`: the same command names the same run."""
+    terms = [term.type for term in (recipe.objective.forget, recipe.objective.normal) if term]
+    objective = "+".join(terms).replace("_", "-") or "random-response"
+    return f"{objective}-{recipe.optimizer.type}-{recipe.name}-{config_hash(recipe)}"

@@ -1,0 +1,151 @@
+"""The outcome for people: a table for the terminal, one self-contained HTML page, and the model's card."""
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from components.console import number, table
+
+Metrics = Mapping[str, float]
+
+HEADLINE = ("forget_quality", "model_utility")
+NOTE = (
+    "Unlearning lowers the measured probability of the forget answers. It does not prove that every trace is gone: "
+    "other phrasings, further training or access to the weights may bring parts of them back."
+)
+
+
+class Sample(NamedTuple):
+    question: str
+    answer: str
+    before: str
+    after: str
+
+
+def metrics_table(models: Mapping[str, Metrics]) -> str:
+    """Metrics as rows, models as columns; headline metrics first."""
+    rows = [[name, *(number(metrics.get(name)) for metrics in models.values())] for name in metric_names(models)]
+    return table(["metric", *models], rows)
+
+
+def metric_names(models: Mapping[str, Metrics]) -> list[str]:
+    """Every metric that some model has, the headline ones first."""
+    names = dict.fromkeys(name for metrics in models.values() for name in metrics)
+    return [name for name in HEADLINE if name in names] + [name for name in names if name not in HEADLINE]
+
+
+def samples(before: pa.Table, after: pa.Table, set_name: str, count: int = 3) -> list[Sample]:
+    """The first questions of a set with both models' greedy answers."""
+    old = [row for row in before.to_pylist() if row["set"] == set_name][:count]
+    new = [row for row in after.to_pylist() if row["set"] == set_name][:count]
+    return [Sample(a["question"], a["answer"], a["generated"], b["generated"]) for a, b in zip(old, new, strict=True)]
+
+
+def write_report(
+    file: Path, title: str, facts: Mapping[str, str], models: Mapping[str, Metrics], lines: Sequence[Mapping[str, Any]],
+    shown: Mapping[str, Sequence[Sample]], gates: Sequence[Sequence[str]],
+) -> None:  # fmt: skip
+    """One HTML file without outside references."""
+    sections = [
+        f"<h1>{html.escape(title)}</h1>",
+        _table([("", *models)], [[n, *(number(m.get(n)) for m in models.values())] for n in metric_names(models)]),
+        "<h2>Gates</h2>" + _table([("metric", "value", "condition", "bound", "outcome")], gates) if gates else "",
+        f"<h2>Forgetting against utility</h2>{_figure(_plane(models))}",
+        f"<h2>Course of training</h2>{_figure(_curves(lines))}" if lines else "",
+        "<h2>Answers before and after</h2>",
+        *(
+            f"<h3>{html.escape(name)}</h3>" + _table([("question", "right answer", "before", "after")], rows)
+            for name, rows in shown.items()
+        ),
+        "<h2>How this was made</h2>" + _table([], list(facts.items())),
+        f"<p>{NOTE}</p>",
+    ]
+    file.write_text(_PAGE.format(title=html.escape(title), body="\n".join(sections)), encoding="utf-8")
+
+
+def write_model_card(file: Path, title: str, facts: Mapping[str, str], models: Mapping[str, Metrics]) -> None:
+    """README.md of the exported model."""
+    header = "| metric | " + " | ".join(models) + " |\n|---|" + "---:|" * len(models)
+    rows = [
+        f"| {n} | " + " | ".join(number(m.get(n)) for m in models.values()) + " |" for n in metric_names(models)
+    ]
+    made = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    file.write_text(
+        f"---\nlibrary_name: transformers\ntags: [unlearning]\n---\n# {title}\n\n{made}\n\n{header}\n"
+        + "\n".join(rows)
+        + f"\n\n{NOTE}\n",
+        encoding="utf-8",
+    )
+
+
+def _table(head: Sequence[Sequence[str]], rows: Sequence[Sequence[str]]) -> str:
+    def cells(row: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>"
+
+    return "<table>" + "".join(cells(r, "th") for r in head) + "".join(cells(r, "td") for r in rows) + "</table>"
+
+
+def _plane(models: Mapping[str, Metrics]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4))
+    axes = figure.subplots()
+    for name, metrics in models.items():
+        if "forget_probability" in metrics and "model_utility" in metrics:
+            axes.scatter(metrics["forget_probability"], metrics["model_utility"], s=60, label=name)
+    axes.set_xlabel("probability of forget answers (lower is better)")
+    axes.set_ylabel("model utility (higher is better)")
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_ylim(0, None)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend()
+    return figure
+
+
+def _curves(lines: Sequence[Mapping[str, Any]]) -> Any:
+    from matplotlib.figure import Figure
+
+    panels = [
+        ("terms", [key for key in lines[0] if key.startswith("train/") and key.endswith("_loss")]),
+        ("gradient norm", ["train/grad_norm"]),
+        ("clip fraction", [key for key in lines[0] if key == "train/clip_fraction"]),
+    ]
+    panels = [(title, keys) for title, keys in panels if keys]
+    figure = Figure(figsize=(3.6 * len(panels), 3.2))
+    for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for key in keys:
+            axes.plot([x["step"] for x in lines], [x[key] for x in lines], label=key.removeprefix("train/"))
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if len(keys) > 1:
+            axes.legend(fontsize=8)
+    return figure
+
+
+def _figure(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    return f'<img alt="plot" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.4rem; overflow-wrap: anywhere; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
+th, td {{ padding: .25rem .7rem; border-bottom: 1px solid #8884; text-align: left; vertical-align: top; }}
+td {{ font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }}
+img {{ max-width: 100%; background: white; border-radius: 4px; }}
+</style></head><body>
+{body}
+</body></html>
+"""

@@ -1,0 +1,89 @@
+"""One pass of a model over all questions: log-probabilities of every answer and one greedy answer of its own."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from components.batch_inference import map_batches
+from components.config import Evaluation, Train, digest
+from components.data.prepare import Prepared, read_rows
+from components.models import answer_text, load_model, load_tokenizer, whole_folder
+
+
+def score(
+    model: Path, model_hash: str, sets: dict[str, Prepared], evaluation: Evaluation, train: Train, storage: Path
+) -> pa.Table:
+    """Records of one model, made once and found again by (model, rows, settings).
+
+    Columns: `set`, `row_id`, `question`, `answer`, `generated`, `paraphrased`, and `logp`: for each answer (the right
+    one, its paraphrase if there is one, the wrong ones) the list of its tokens' log-probabilities, EOS included.
+    """
+    key = digest(
+        [model_hash, {name: prepared.digest for name, prepared in sets.items()}, evaluation.max_new_tokens, train.dtype]
+    )
+    file = storage / "evaluations" / key / "records.parquet"
+    if not file.exists():
+        tables = []
+        for name, prepared in sets.items():
+            rows = read_rows(prepared.folder)
+            tables.append(rows.append_column("set", pa.array([name] * rows.num_rows)))
+        rows = pa.concat_tables(tables)
+        outputs = map_batches(
+            rows.select(["input_ids", "answers"]), Scorer, (str(model), train.dtype, evaluation.max_new_tokens),
+            lengths=pa.compute.list_value_length(rows["input_ids"]), batch_size=evaluation.batch_size, train=train,
+        )  # fmt: skip
+        records = rows.select(["set", "row_id", "question", "answer", "paraphrased"])
+        for column in outputs.column_names:
+            records = records.append_column(column, outputs[column])
+        with whole_folder(file.parent) as partial:
+            pq.write_table(records, partial / file.name)
+    return pq.read_table(file)
+
+
+class Scorer:
+    """Batch inference on prompts with their candidate answers."""
+
+    def __init__(self, model: str, dtype: str, max_new_tokens: int):
+        self.model = load_model(Path(model), dtype)
+        self.tokenizer = load_tokenizer(Path(model))
+        self.max_new_tokens = max_new_tokens
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        import torch
+
+        prompts, answers = rows["input_ids"].to_pylist(), rows["answers"].to_pylist()
+        with torch.no_grad():
+            logp = iter(self._logp(prompts, answers))
+            per_row = [[next(logp) for _ in candidates] for candidates in answers]
+            generated = self._generate(prompts)
+        return pa.table(
+            {"logp": pa.array(per_row, pa.list_(pa.list_(pa.float32()))), "generated": pa.array(generated, pa.string())}
+        )
+
+    def _logp(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> list[list[float]]:
+        """Log-probabilities of each (prompt, answer) pair's answer tokens."""
+        import torch
+
+        pairs = [(p, a) for p, candidates in zip(prompts, answers, strict=True) for a in candidates]
+        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(p + a) for p, a in pairs], batch_first=True)
+        hidden = self.model.base_model(input_ids=padded, use_cache=False).last_hidden_state
+        out = []
+        for row, (prompt, answer) in enumerate(pairs):
+            states = hidden[row, len(prompt) - 1 : len(prompt) + len(answer) - 1]
+            logits = self.model.get_output_embeddings()(states).float()
+            out.append(torch.log_softmax(logits, -1)[torch.arange(len(answer)), answer].tolist())
+        return out
+
+    def _generate(self, prompts: list[list[int]]) -> list[str]:
+        """Greedy answers, up to EOS."""
+        import torch
+
+        eos = self.tokenizer.eos_token_id
+        width = max(map(len, prompts))
+        padded = torch.tensor([[eos] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        output = self.model.generate(
+            input_ids=padded, attention_mask=mask, max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=eos
+        )
+        return [answer_text(self.tokenizer, ids) for ids in output[:, width:].tolist()]

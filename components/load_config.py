@@ -1,0 +1,117 @@
+"""YAML files and `a.b=c` overrides → one checked `Recipe`; all mistakes are reported at once."""
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from components.config import Recipe
+from components.errors import ConfigError
+
+
+def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Recipe:
+    """Merge `files` left to right, then `overrides`, and validate.
+
+    Raises:
+        ConfigError: naming every unknown file, malformed override and wrong setting.
+    """
+    if not files:
+        raise ConfigError("No recipe given. Expected a YAML file, such as pipelines/recipes/demo.yaml.")
+    raw: dict[str, Any] = {}
+    for file in files:
+        raw = merge(raw, _read_yaml(Path(file)))
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        changes = merge(changes, parse_override(override))
+    try:
+        return Recipe.model_validate(merge(raw, changes))
+    except ValidationError as error:
+        lines = sorted({_explain(item) for item in error.errors(include_url=False)})
+        raise ConfigError(f"{len(lines)} mistake(s) in the recipe:\n" + "\n".join(f"  {x}" for x in lines)) from None
+
+
+def merge(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`new` over `base`, section by section; a changed `type` drops the old section, whose keys are another class's."""
+    if "type" in new and new["type"] != base.get("type", new["type"]):
+        return dict(new)
+    out = dict(base)
+    for key, value in new.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = merge(out[key], value) if both else value
+    return out
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`"train.steps=3"` → `{"train": {"steps": 3}}`; the value is YAML."""
+    path, equals, raw = text.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"Override {text!r} is not of the form section.field=value.")
+    try:
+        node: Any = yaml.safe_load(raw) if raw else ""
+    except yaml.YAMLError:
+        raise ConfigError(f"Override {text!r} has a value that is not YAML. Put quotes around it.") from None
+    for key in reversed(path.split(".")):
+        node = {key: node}
+    return node
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        nearest = difflib.get_close_matches(path.name, [p.name for p in _recipes_near(path)], n=1, cutoff=0.4)
+        hint = f" Did you mean {path.parent / nearest[0]}?" if nearest else ""
+        raise ConfigError(f"Recipe {path} does not exist.{hint}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"Recipe {path} holds a {type(content).__name__}. Expected sections such as data: and train:.")
+    return content
+
+
+def _recipes_near(path: Path) -> list[Path]:
+    return sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+
+
+def _explain(item: Any) -> str:
+    """One line for one pydantic error: dotted path, what is wrong, nearest key."""
+    path = ".".join(str(part) for part in item["loc"]) or "recipe"
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(item["loc"][:-1])
+        nearest = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
+        return f"{path}: unknown key." + (f" Did you mean {nearest[0]}?" if nearest else f" Known: {', '.join(known)}.")
+    if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        tags = item["ctx"].get("expected_tags", "")
+        return f"{path}: needs a type" + (f", one of {tags}." if tags else f": {item['msg']}.")
+    message = item["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(item["input"], dict | BaseModel) else f" (got {item['input']!r})"
+    return f"{path}: {message}{got}."
+
+
+def _fields_at(loc: Sequence[Any]) -> list[str]:
+    """Field names of the schema section at `loc`, where pydantic mixes keys, list indices and union tags."""
+    candidates: list[Any] = [Recipe]
+    for part in loc:
+        following: list[Any] = []
+        for model in candidates:
+            if part in model.model_fields:
+                following += _models_in(model.model_fields[part].annotation)
+            elif "type" in model.model_fields and part in typing.get_args(model.model_fields["type"].annotation):
+                following.append(model)  # a union tag: stay in the class that it names
+        candidates = following or candidates  # a list index or dict key: stay
+    return sorted({name for model in candidates for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, list, dict):
+        return [model for inner in typing.get_args(annotation) for model in _models_in(inner)]
+    return []

@@ -1,0 +1,67 @@
+"""A model folder in MLflow's registry, and the aliases `candidate` and `champion`."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from components.errors import TrackingError
+
+
+def register(
+    client: Any, run_id: str, folder: Path, name: str, metrics: Mapping[str, float], step: int, tags: Mapping[str, str]
+) -> str:
+    """Upload `folder` as a logged model, make it a version of `name` with alias `candidate`. Returns the version.
+
+    The folder is uploaded as it is, without loading the model (MLflow's transformers flavour cannot with our
+    transformers version); each weight file's sha256 is a tag.
+    """
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
+
+    digests = {f"sha256.{file.name}": _sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    experiment = client.get_run(run_id).info.experiment_id
+    model = client.create_logged_model(
+        experiment, name=folder.parent.name, source_run_id=run_id, model_type="hf-folder", tags={**digests, **tags}
+    )
+    client.log_model_artifacts(model.model_id, str(folder))
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=step)])
+    try:
+        client.get_registered_model(name)
+    except MlflowException:
+        client.create_registered_model(name)
+    shown = {f"eval.{key}": f"{value:.6g}" for key, value in metrics.items()}
+    version = client.create_model_version(
+        name, source=f"models:/{model.model_id}", run_id=run_id, model_id=model.model_id,
+        tags={**digests, **tags, **shown},
+    ).version  # fmt: skip
+    client.set_registered_model_alias(name, "candidate", version)
+    return str(version)
+
+
+def set_champion(client: Any, name: str, version: str) -> None:
+    """Point the alias `champion` at `version`."""
+    client.set_registered_model_alias(name, "champion", version)
+
+
+def candidate(client: Any, name: str) -> Any:
+    """The model version with alias `candidate`.
+
+    Raises:
+        TrackingError: when the model or the alias does not exist.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, "candidate")
+    except MlflowException as error:
+        raise TrackingError(
+            f"No candidate is registered (model={name}). Expected a version with the alias 'candidate'. "
+            "Run pipelines/unlearn.py with this recipe first."
+        ) from error
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

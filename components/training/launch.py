@@ -1,0 +1,117 @@
+"""Start a training job: in this process (`workers: 0`) or on Ray Train workers."""
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from components.errors import ClusterError, TrainingError, UnlearnError
+from components.training.job import Job
+
+
+def run_job(job: Job, scratch: Path) -> dict[str, Any]:
+    """Run `job` to its end and return what rank 0's loop returned. `scratch` is for Ray Train's own files.
+
+    Raises:
+        ClusterError: when the cluster is smaller than asked for.
+        TrainingError, DataError, ModelError: as the loop raised it, or when a worker died.
+    """
+    return _run_here(job) if job.train.workers == 0 else _run_on_ray(job, scratch)
+
+
+def _run_here(job: Job) -> dict[str, Any]:
+    import torch
+
+    from components.training.loop import train_loop
+
+    if not torch.distributed.is_initialized():  # kept for later jobs: DeepSpeed holds on to the first group
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it, whoever started the process group
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    return train_loop(job, rank=0, world=1, device=torch.device("cpu"))
+
+
+def _run_on_ray(job: Job, scratch: Path) -> dict[str, Any]:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    check_cluster(job.train.workers, job.train.cpus_per_worker, job.train.gpus_per_worker)
+    resources = {"CPU": job.train.cpus_per_worker}
+    if job.train.gpus_per_worker:
+        resources["GPU"] = job.train.gpus_per_worker
+    # A fresh name: under a known one Ray Train would silently go on from what it finds there.
+    name = f"ray-train-{uuid.uuid4().hex[:8]}"
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job.model_dump(mode="json")},
+        scaling_config=ScalingConfig(
+            num_workers=job.train.workers, use_gpu=job.train.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(scratch),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=2),
+            **_quiet(),
+        ),
+    )
+    try:
+        return trainer.fit().return_value
+    except ray.train.TrainingFailedError as error:
+        raise _worker_error(error) from error
+    finally:
+        shutil.rmtree(scratch / name, ignore_errors=True)
+
+
+def check_cluster(workers: int, cpus: float, gpus: float) -> None:
+    """Ray itself would wait for ever for what it has not.
+
+    Raises:
+        ClusterError: when the cluster's nodes together have fewer CPUs or GPUs.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    for kind, each in (("CPU", cpus), ("GPU", gpus)):
+        if workers * each > have.get(kind, 0):
+            raise ClusterError(
+                f"Cluster is too small (train.workers={workers}, {kind}s needed={workers * each:g}, "
+                f"{kind}s there={have.get(kind, 0):g}). Expected enough for all workers at once. Lower train.workers "
+                f"or train.{kind.lower()}s_per_worker, or add nodes."
+            )
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from components.training.loop import train_loop
+
+    job = Job.model_validate(config["job"])
+    if not job.train.gpus_per_worker:
+        torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
+    context = ray.train.get_context()
+    return train_loop(job, context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+
+
+def _quiet() -> dict[str, Any]:
+    from ray.train.v2.api.config import LoggingConfig
+
+    return {"logging_config": LoggingConfig(log_level="ERROR")}
+
+
+def _worker_error(error: Any) -> UnlearnError:
+    """Our own error out of Ray's collection of one exception per rank."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    for failure in failures:
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, UnlearnError):
+                return cause
+            cause = getattr(cause, "cause", None) or cause.__cause__
+    first = str(failures[0] if failures else error).strip().splitlines()
+    return TrainingError(
+        f"A training worker failed: {first[-1] if first else type(error).__name__}. Run again with --debug for its "
+        "traceback, or with train.workers=0 to see it in this process."
+    )

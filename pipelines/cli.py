@@ -1,0 +1,147 @@
+"""What every pipeline shares: command line → recipe, errors → one paragraph and an exit code, Ray up and quiet."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from components.config import Recipe
+from components.errors import ClusterError, ConfigError, UnlearnError
+from components.load_config import load_recipe
+
+
+class Command(NamedTuple):
+    recipe: Recipe
+    models: list[str]
+    """Further arguments: model folders (evaluate.py)."""
+
+
+def run_cli(
+    description: str,
+    run: Callable[[Command], None],
+    plan: Callable[[Command], str],
+    *,
+    takes_models: bool = False,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse, validate, then `run`, or with --dry-run print the resolved recipe and its `plan`.
+
+    Returns the exit code: 0, 1 when the run failed, 2 when the command or recipe is wrong.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = "RECIPE.yaml, section.field=value" + (", model folders" if takes_models else "")
+    parser.add_argument("arguments", nargs="*", metavar="ARGUMENT", help=f"{what}; later ones win")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the plan, then stop")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    options = parser.parse_args(argv)
+    try:
+        command = _parse(options.arguments, takes_models)
+        if options.dry_run:
+            print(json.dumps(command.recipe.model_dump(mode="json"), indent=2, ensure_ascii=False))
+            print(plan(command))
+        else:
+            run(command)
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+    except UnlearnError as error:
+        if options.debug:
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except Exception as error:
+        own = _own_error(error)
+        if options.debug:
+            raise
+        print(
+            f"{type(own).__name__}: {own}" if own else f"Unexpected {type(error).__name__}: {_first_line(error)} "
+            "Run again with --debug for the traceback.",
+            file=sys.stderr,
+        )  # fmt: skip
+        return 1
+    return 0
+
+
+def _parse(arguments: Sequence[str], takes_models: bool) -> Command:
+    files = [a for a in arguments if a.endswith((".yaml", ".yml")) and "=" not in a]
+    overrides = [a for a in arguments if "=" in a]
+    models = [a for a in arguments if a not in files and a not in overrides]
+    if models and not takes_models:
+        raise ConfigError(
+            f"Argument not understood ({' '.join(models)}). Expected recipes (*.yaml) and overrides (section.field=value)."
+        )
+    return Command(load_recipe(files, overrides), models)
+
+
+def _own_error(error: BaseException | None) -> UnlearnError | None:
+    """Our error inside what Ray raised, if there is one."""
+    while error is not None:
+        if isinstance(error, UnlearnError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else ""
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Connect to the cluster that RAY_ADDRESS names (set inside a Ray job), else start Ray on this machine.
+
+    Raises:
+        ClusterError: when the cluster at RAY_ADDRESS does not let us in.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S", "300")  # a stall is an error, not 30 silent minutes
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    options = {} if address else {"include_dashboard": False}
+    try:
+        # Progress comes through files that the driver follows, so workers need not print here.
+        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **options)
+    except (ConnectionError, RuntimeError) as error:
+        raise ClusterError(
+            f"Ray cluster does not let us in (RAY_ADDRESS={address}): {_first_line(error)} Expected a running head. "
+            "Start one with cluster/local/head.sh, set RAY_AUTH_MODE=token where it uses tokens, or unset RAY_ADDRESS."
+        ) from error
+    _quiet_driver()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quiet_driver() -> None:
+    import logging
+
+    from components.models import quiet_libraries
+
+    quiet_libraries()
+    for name in ("ray.train", "mlflow", "huggingface_hub", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def say(text: str) -> None:
+    """Print at once, also where the output is a file or a job log."""
+    print(text, flush=True)
+
+
+def storage_folder(recipe: Recipe) -> Path:
+    """Absolute, since workers run elsewhere."""
+    return Path(recipe.storage).expanduser().resolve()

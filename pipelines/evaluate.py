@@ -1,0 +1,76 @@
+"""Evaluate and compare models on the recipe's question sets.
+
+    python pipelines/evaluate.py pipelines/recipes/demo.yaml [MODEL_FOLDER ...] [section.field=value ...] [--dry-run]
+
+Original and retain-only models of the recipe come first, then the folders given. What is already scored is not
+scored again.
+"""
+
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+
+from components.config import Pretrained, Recipe, run_name
+from components.data.prepare import Prepared, prepare
+from components.errors import ConfigError
+from components.evaluation.metrics import evaluate_records
+from components.evaluation.report import metrics_table
+from components.evaluation.scoring import score
+from components.models import fingerprint, load_tokenizer, local_folder, tokenizer_facts
+from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
+from pipelines.finetune import Model, check_context, make_models
+
+
+def run(command: Command) -> None:
+    """Print one table with a column for each model."""
+    recipe = command.recipe
+    if not recipe.evaluation.sets:
+        raise ConfigError("Nothing to evaluate: evaluation.sets is empty. Give at least one question set.")
+    with ray_session():
+        original, retain_only = make_models(recipe)
+        models = {"original": original}
+        if retain_only:
+            models["retain-only"] = retain_only
+        for path in command.models or _own_result(recipe):
+            folder = local_folder(Pretrained(type="pretrained", path=path))
+            models[_short_name(folder)] = Model(folder, fingerprint(folder))
+        sets = prepare_questions(recipe, original)
+        records = {name: score_model(recipe, model, sets) for name, model in models.items()}
+    reference = records.get("retain-only")
+    say(metrics_table({name: evaluate_records(r, reference, recipe.evaluation) for name, r in records.items()}))
+
+
+def plan(command: Command) -> str:
+    """What would be scored, for --dry-run."""
+    models = ["original", "retain-only", *(command.models or _own_result(command.recipe))]
+    return f"\nPlan: models {', '.join(models)}; sets {', '.join(command.recipe.evaluation.sets)}"
+
+
+def prepare_questions(recipe: Recipe, model: Model) -> dict[str, Prepared]:
+    """The recipe's question sets, tokenised."""
+    check_context(recipe, model.folder)
+    facts = tokenizer_facts(load_tokenizer(model.folder))
+    storage = storage_folder(recipe)
+    return {
+        name: prepare(questions.rows, "questions", recipe.data, facts, storage)
+        for name, questions in recipe.evaluation.sets.items()
+    }
+
+
+def score_model(recipe: Recipe, model: Model, sets: dict[str, Prepared]) -> pa.Table:
+    """Records of one model; found again when it was scored before."""
+    return score(model.folder, model.hash, sets, recipe.evaluation, recipe.train, storage_folder(recipe))
+
+
+def _own_result(recipe: Recipe) -> list[str]:
+    folder = storage_folder(recipe) / run_name(recipe) / "model"
+    return [str(folder)] if folder.is_dir() else []
+
+
+def _short_name(folder: Path) -> str:
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(__doc__, run, plan, takes_models=True))

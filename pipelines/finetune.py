@@ -1,0 +1,178 @@
+"""Make the models that unlearning starts from and is compared with.
+
+The original knows everything; retain-only never saw the forget set.
+
+    python pipelines/finetune.py pipelines/recipes/demo.yaml [section.field=value ...] [--dry-run]
+
+Both are kept under <storage>/models by the hash of what they were made from, and found again.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from components.config import Nll, Objective, Pretrained, Recipe, Scratch, Source, Train, digest
+from components.console import duration, progress_line
+from components.data.prepare import prepare
+from components.data.sources import read_records, source_files
+from components.errors import ConfigError
+from components.models import (
+    context_length,
+    fingerprint,
+    load_tokenizer,
+    local_folder,
+    make_scratch,
+    parameter_count,
+    tokenizer_facts,
+)
+from components.tracking.follow import follow
+from components.training.job import Job
+from components.training.launch import check_cluster, run_job
+from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
+
+
+class Model(NamedTuple):
+    folder: Path
+    hash: str
+    """Fingerprint of its files."""
+
+
+def run(command: Command) -> None:
+    """Make what is missing and say where it is."""
+    recipe = command.recipe
+    with ray_session():
+        original, retain_only = make_models(recipe)
+    say(f"original     {original.folder}")
+    if retain_only:
+        say(f"retain-only  {retain_only.folder}")
+
+
+def plan(command: Command) -> str:
+    """What would be made, for --dry-run."""
+    recipe = command.recipe
+    if not recipe.finetune:
+        return "\nPlan: nothing to make, the recipe names its models."
+    lines = [f"\nPlan: models under {storage_folder(recipe) / 'models'}"]
+    for name, sources in _to_make(recipe).items():
+        rows, batch = count_rows(sources), recipe.finetune.train.batch_size
+        steps = recipe.finetune.train.steps or (recipe.finetune.train.epochs * -(-rows // batch) if rows else None)
+        lines.append(f"  {name}: {rows or 'unknown'} rows, batch {batch}, {steps or 'unknown'} steps")
+    return "\n".join(lines)
+
+
+def make_models(recipe: Recipe) -> tuple[Model, Model | None]:
+    """(original, retain-only), taken from the recipe's paths or made; retain-only is None where nothing says how."""
+    made = {}
+    for name in ("original", "retain_only"):
+        given = getattr(recipe.models, name)
+        if given:
+            folder = local_folder(given)
+            made[name] = Model(folder, fingerprint(folder))
+        elif name in _to_make(recipe):
+            made[name] = _make(recipe, name, _to_make(recipe)[name])
+    return made["original"], made.get("retain_only")
+
+
+def _to_make(recipe: Recipe) -> dict[str, Sequence[Source]]:
+    """Training rows of each model that is to be made."""
+    if not recipe.finetune:
+        return {}
+    sources = {"original": [*recipe.data.normal, *recipe.data.forget], "retain_only": recipe.data.normal}
+    return {name: rows for name, rows in sources.items() if rows and not getattr(recipe.models, name)}
+
+
+def _make(recipe: Recipe, name: str, sources: Sequence[Source]) -> Model:
+    """Fine-tune the base on `sources` by next-token loss on the answers."""
+    finetune, storage = recipe.finetune, storage_folder(recipe)
+    assert finetune is not None
+    base = base_folder(recipe)
+    check_context(recipe, base)
+    prepared = prepare(sources, "pairs", recipe.data, tokenizer_facts(load_tokenizer(base)), storage)
+    made_from = [fingerprint(base), prepared.digest, recipe.seed, finetune.optimizer.model_dump(), _result_of(finetune.train)]
+    folder = storage / "models" / f"{name.replace('_', '-')}-{digest(made_from)}"
+    if folder.exists():
+        say(f"{name:<12} found in {folder}")
+        return Model(folder, fingerprint(folder))
+    say(f"{name:<12} fine-tuning {parameter_count(base):,} parameters on {prepared.good} rows")
+    metrics = storage / "models" / f"{folder.name}.jsonl"
+    metrics.unlink(missing_ok=True)
+    job = Job(
+        model=str(base),
+        output=str(folder),
+        metrics=str(metrics),
+        normal=str(prepared.folder),
+        objective=Objective(normal=Nll(type="nll")),
+        optimizer=finetune.optimizer,
+        train=finetune.train,
+        max_tokens=recipe.data.max_tokens,
+        seed=recipe.seed,
+        trust_remote_code=isinstance(finetune.base, Pretrained) and finetune.base.trust_remote_code,
+    )
+    check_cluster_for(recipe)
+    started = time.perf_counter()
+    with follow(metrics, lambda lines: [say("  " + progress_line(line)) for line in lines]):
+        run_job(job, storage)
+    say(f"  done in {duration(time.perf_counter() - started)}: {folder}")
+    return Model(folder, fingerprint(folder))
+
+
+def _result_of(train: Train) -> dict[str, Any]:
+    """Training settings that decide the result, not how the work is split."""
+    return train.model_dump(exclude={"workers", "cpus_per_worker", "gpus_per_worker", "log_every"})
+
+
+def base_folder(recipe: Recipe) -> Path:
+    """The model to fine-tune; one from scratch gets its tokenizer from the recipe's own text."""
+    assert recipe.finetune is not None
+    base = recipe.finetune.base
+    if isinstance(base, Pretrained):
+        return local_folder(base)
+    texts = [
+        text
+        for source in (*recipe.data.forget, *recipe.data.normal)
+        for file in source_files(source)
+        for record in read_records(source, file)
+        for text in ((record.fields or {}).get(source.prompt), (record.fields or {}).get(source.answer))
+        if isinstance(text, str)
+    ]
+    return make_scratch(base, [recipe.data.template, *texts], recipe.seed, storage_folder(recipe))
+
+
+def check_context(recipe: Recipe, model: Path) -> None:
+    """Refuse rows longer than the model can read."""
+    longest = context_length(model)
+    if longest is not None and recipe.data.max_tokens > longest:
+        raise ConfigError(
+            f"Rows may be longer than the model's context (data.max_tokens={recipe.data.max_tokens}, "
+            f"context={longest}, model={model}). Expected at most the context. Set data.max_tokens={longest}."
+        )
+
+
+def check_cluster_for(recipe: Recipe) -> None:
+    """Refuse more workers than the cluster can hold, before Ray waits for them."""
+    for train in (recipe.train, recipe.finetune.train if recipe.finetune else recipe.train):
+        if train.workers:
+            check_cluster(train.workers, train.cpus_per_worker, train.gpus_per_worker)
+
+
+def count_rows(sources: Sequence[Source]) -> int | None:
+    """Rows of `sources`, bad ones included; None where counting would mean a download."""
+    if any(source.type == "huggingface" for source in sources):
+        return None
+    return sum(1 for source in sources for file in source_files(source) for _ in read_records(source, file))
+
+
+def planned_parameters(recipe: Recipe) -> int | None:
+    """Parameters of the model to train; None where its folder is not on this machine."""
+    from components.models import scratch_parameter_count
+
+    given = recipe.models.original or (recipe.finetune.base if recipe.finetune else None)
+    if isinstance(given, Scratch):
+        return scratch_parameter_count(given)
+    return parameter_count(Path(given.path)) if given and Path(given.path).is_dir() else None
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(__doc__, run, plan))

@@ -1,0 +1,295 @@
+"""The main job: make the original model forget, and show what became of it.
+
+    python pipelines/unlearn.py pipelines/recipes/demo.yaml [section.field=value ...] [--dry-run]
+
+Makes the original and retain-only models where the recipe says how, prepares the three streams, trains, evaluates
+before and after, writes model and report, logs to MLflow, registers the model as candidate and, where the recipe's
+gates hold, as champion.
+"""
+
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from components.config import KlToOriginal, Recipe, config_hash, run_name
+from components.console import duration, progress_line
+from components.data.prepare import Prepared, prepare
+from components.errors import ConfigError
+from components.evaluation.metrics import evaluate_records
+from components.evaluation.report import Sample, metrics_table, samples, write_model_card, write_report
+from components.models import fingerprint, load_tokenizer, parameter_count, tokenizer_facts
+from components.tracking import registry
+from components.tracking.follow import follow
+from components.tracking.gates import GateResult, gate_table, judge
+from components.tracking.run import log_lines, log_metrics, make_client, open_run, tracking_uri
+from components.training.job import Job
+from components.training.launch import run_job
+from components.training.reference import reference_pass
+from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
+from pipelines.evaluate import prepare_questions, score_model
+from pipelines.finetune import Model, check_cluster_for, check_context, count_rows, make_models, planned_parameters
+
+
+class Streams(NamedTuple):
+    """Prepared rows of the terms that the objective has."""
+
+    forget: Prepared | None
+    normal: Prepared | None
+    random: Prepared | None
+
+
+def run(command: Command) -> None:
+    """Run the recipe's main job, or show again what an earlier run of it gave."""
+    recipe = command.recipe
+    folder = run_folder(recipe)
+    finished = folder / "summary.json"
+    if finished.exists() and recipe.if_exists == "resume":
+        say(f"run          {folder.name} is finished already; set if_exists=new to run it again")
+        say("\n" + json.loads(finished.read_text())["text"])
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(recipe.model_dump_json(indent=2))
+    say(f"run          {folder}")
+    started = time.perf_counter()
+    with ray_session():
+        check_cluster_for(recipe)
+        summary = _unlearn(recipe, folder)
+    write_whole(finished, json.dumps(summary, indent=2, ensure_ascii=False))
+    say("\n" + summary["text"])
+    say(f"\nall in {duration(time.perf_counter() - started)}")
+
+
+def plan(command: Command) -> str:
+    """Effective batch, steps, parameters and run folder, for --dry-run."""
+    recipe, train = command.recipe, command.recipe.train
+    rows = {name: count_rows(getattr(recipe.data, name)) for name in ("forget", "normal", "random")}
+    steps = train.steps or (rows["forget"] and train.epochs * -(-rows["forget"] // train.batch_size))
+    ranks = max(1, train.workers)
+    accumulation = -(-train.batch_size // (ranks * train.micro_batch_size))
+    parameters = planned_parameters(recipe)
+    counts = {name: "unknown" if count is None else count for name, count in rows.items()}
+    return "\n".join(
+        [
+            "\nPlan:",
+            f"  rows        {', '.join(f'{name} {shown}' for name, shown in counts.items())}",
+            f"  batch       {train.batch_size} forget rows a step = {ranks} worker(s) x up to {train.micro_batch_size} rows "
+            f"x {accumulation} micro-batch(es)",
+            f"  steps       {steps or 'unknown until the data is there'}",
+            f"  parameters  {f'{parameters:,}' if parameters else 'unknown until the model is there'}",
+            f"  run folder  {run_folder(recipe)}",
+            f"  MLflow      {tracking_uri(recipe.tracking, storage_folder(recipe))}",
+        ]
+    )
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Where this recipe's run lives; `if_exists: new` takes the first free number behind the name.
+
+    Raises:
+        ConfigError: with `if_exists: fail`, when the run exists.
+    """
+    folder = storage_folder(recipe) / run_name(recipe)
+    if not (folder / "summary.json").exists() or recipe.if_exists == "resume":
+        return folder
+    if recipe.if_exists == "fail":
+        raise ConfigError(f"Run exists (folder={folder}). Set if_exists=resume to see it or if_exists=new to run anew.")
+    number = 2
+    while (folder.with_name(f"{folder.name}-{number}") / "summary.json").exists():
+        number += 1
+    return folder.with_name(f"{folder.name}-{number}")
+
+
+def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    storage = storage_folder(recipe)
+    original, retain_only = make_models(recipe)
+    check_context(recipe, original.folder)
+    streams = _prepare_streams(recipe, original)
+
+    questions = prepare_questions(recipe, original)
+    records = {"original": score_model(recipe, original, questions)} if questions else {}
+    if questions and retain_only:
+        records["retain-only"] = score_model(recipe, retain_only, questions)
+    before = _evaluate(recipe, records)
+    if before:
+        say("baseline     " + ", ".join(_headline(name, metrics) for name, metrics in before.items()))
+
+    uri = tracking_uri(recipe.tracking, storage)
+    client = make_client(uri)
+    tags = {
+        "objective": run_name(recipe).split("-" + recipe.optimizer.type)[0],
+        "optimizer": recipe.optimizer.type,
+        "recipe": recipe.name,
+        "config_hash": config_hash(recipe),
+        "original_model": original.hash,
+        **{f"data.{name}": prepared.digest for name, prepared in streams._asdict().items() if prepared},
+    }
+    run_id = open_run(client, recipe, folder.name, folder, tags)
+    try:
+        summary = _train_and_judge(recipe, folder, original, streams, questions, records, client, run_id, tags)
+        client.set_terminated(run_id, "FINISHED")
+    except BaseException:
+        client.set_terminated(run_id, "FAILED")
+        raise
+    return summary
+
+
+def _train_and_judge(
+    recipe: Recipe, folder: Path, original: Model, streams: Streams, questions: dict[str, Prepared],
+    records: dict[str, pa.Table], client: Any, run_id: str, tags: dict[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    log_metrics(client, run_id, "eval", _evaluate(recipe, records).get("original", {}), step=0)
+    outcome = _train(recipe, folder, original, streams, client, run_id)
+    model = Model(folder / "model", fingerprint(folder / "model"))
+
+    shown: dict[str, list[Sample]] = {}
+    if questions:
+        records["unlearned"] = score_model(recipe, model, questions)
+        shown = {name: samples(records["original"], records["unlearned"], name) for name in questions}
+    metrics = _evaluate(recipe, records)
+    order = [name for name in ("original", "unlearned", "retain-only") if name in metrics]
+    metrics = {name: metrics[name] for name in order}
+    unlearned = metrics.get("unlearned", {})
+    log_metrics(client, run_id, "eval", unlearned, step=outcome["steps"])
+    log_metrics(client, run_id, "retain_only", metrics.get("retain-only", {}), step=0)
+    results = judge(recipe.gates, unlearned, metrics.get("original", {}))
+
+    facts = _facts(recipe, original, streams, outcome, run_id)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "eval").mkdir(exist_ok=True)
+    for name, values in metrics.items():
+        write_whole(folder / "eval" / f"{name}.json", json.dumps(values, indent=2))
+    write_report(folder / "report.html", folder.name, facts, metrics, lines, shown, _gate_cells(results))
+    write_model_card(model.folder / "README.md", folder.name, facts, metrics)
+    client.log_artifact(run_id, str(folder / "report.html"))
+
+    name = recipe.tracking.registered_model or recipe.name
+    version = registry.register(client, run_id, model.folder, name, unlearned, outcome["steps"], tags)
+    champion = bool(results) and all(result.passed for result in results)
+    if champion:
+        registry.set_champion(client, name, version)
+    text = _summary_text(recipe, folder, metrics, shown.get("forget", []), results, f"{name} version {version}", champion)
+    return {
+        "run": folder.name, "mlflow_run_id": run_id, "registered_model": name, "version": version,
+        "champion": champion, "metrics": metrics, "steps": outcome["steps"], "seconds": outcome["seconds"], "text": text,
+    }  # fmt: skip
+
+
+def _prepare_streams(recipe: Recipe, original: Model) -> Streams:
+    facts = tokenizer_facts(load_tokenizer(original.folder))
+    storage, objective = storage_folder(recipe), recipe.objective
+    needs_forget = objective.forget or objective.random
+    streams = Streams(
+        forget=prepare(recipe.data.forget, "pairs", recipe.data, facts, storage) if needs_forget else None,
+        normal=prepare(recipe.data.normal, "pairs", recipe.data, facts, storage) if objective.normal else None,
+        random=prepare(recipe.data.random, "answers", recipe.data, facts, storage) if objective.random else None,
+    )
+    counts = [
+        f"{name} {p.good}" + (f" ({p.bad} set aside in {p.folder / 'quarantine.jsonl'})" if p.bad else "")
+        for name, p in streams._asdict().items()
+        if p
+    ]
+    say(f"data         {', '.join(counts)} rows")
+    return streams
+
+
+def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, client: Any, run_id: str) -> dict[str, Any]:
+    reference = None
+    if isinstance(recipe.objective.normal, KlToOriginal):
+        assert streams.normal is not None
+        storage = storage_folder(recipe)
+        reference = reference_pass(original.folder, original.hash, streams.normal, recipe.train, storage)
+    metrics = folder / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)
+    given = recipe.models.original
+    job = Job(
+        model=str(original.folder),
+        output=str(folder / "model"),
+        metrics=str(metrics),
+        **{name: str(prepared.folder) for name, prepared in streams._asdict().items() if prepared},
+        reference=str(reference) if reference else None,
+        objective=recipe.objective,
+        optimizer=recipe.optimizer,
+        train=recipe.train,
+        max_tokens=recipe.data.max_tokens,
+        seed=recipe.seed,
+        trust_remote_code=bool(given and given.trust_remote_code),
+    )
+    where = f"{recipe.train.workers} Ray workers" if recipe.train.workers else "this process"
+    say(f"unlearning   {parameter_count(original.folder):,} parameters, ZeRO-{recipe.train.zero_stage}, {where}")
+    with (
+        follow(metrics, lambda lines: [say("  " + progress_line(line)) for line in lines]),
+        follow(metrics, lambda lines: log_lines(client, run_id, lines), interval=2.0) as unsent,
+    ):
+        outcome = run_job(job, folder)
+    if unsent:
+        say(f"MLflow       metrics were not all sent: {unsent[0]}. They are whole in {metrics}")
+    return outcome
+
+
+def _evaluate(recipe: Recipe, records: dict[str, pa.Table]) -> dict[str, dict[str, float]]:
+    reference = records.get("retain-only")
+    return {name: evaluate_records(table, reference, recipe.evaluation) for name, table in records.items()}
+
+
+def _headline(name: str, metrics: dict[str, float]) -> str:
+    shown = [key for key in ("forget_probability", "model_utility") if key in metrics]
+    return f"{name}: " + " ".join(f"{key} {metrics[key]:.3f}" for key in shown)
+
+
+def _facts(recipe: Recipe, original: Model, streams: Streams, outcome: dict[str, Any], run_id: str) -> dict[str, str]:
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "recipe": f"{recipe.name}, config hash {config_hash(recipe)}, seed {recipe.seed}",
+        "original model": f"{original.folder.name}, fingerprint {original.hash}",
+        "data": "; ".join(f"{n} {p.good} rows, digest {p.digest}" for n, p in streams._asdict().items() if p),
+        "training": f"{outcome['steps']} steps in {duration(outcome['seconds'])} on {outcome['world']} worker(s)",
+        "MLflow run": run_id,
+    }
+
+
+def _gate_cells(results: list[GateResult]) -> list[list[str]]:
+    from components.console import number
+
+    return [
+        [r.metric, number(r.value), r.condition, number(r.bound), "pass" if r.passed else "FAIL"] for r in results
+    ]
+
+
+def _summary_text(
+    recipe: Recipe, folder: Path, metrics: dict[str, dict[str, float]], shown: list[Sample],
+    results: list[GateResult], version: str, champion: bool,
+) -> str:  # fmt: skip
+    blocks = [metrics_table(metrics)] if metrics else []
+    for sample in shown:
+        blocks.append(f"Q       {sample.question}\n  right   {sample.answer}\n  before  {sample.before}\n  after   {sample.after}")
+    if results:
+        blocks.append(gate_table(results))
+    aliases = "candidate and champion" if champion else "candidate" + ("; gates do not hold" if results else "; no gates")
+    uri = tracking_uri(recipe.tracking, storage_folder(recipe))
+    ui = f"mlflow ui --backend-store-uri {uri}, then" if uri.startswith("sqlite") else "open"
+    page = "http://127.0.0.1:5000" if uri.startswith("sqlite") else uri
+    places = {
+        "run folder": str(folder),
+        "report": str(folder / "report.html"),
+        "model": f"{folder / 'model'} = {version} ({aliases})",
+        "MLflow": f"{ui} {page}/?workflowType=machine_learning",
+    }
+    blocks.append("\n".join(f"{key:<11} {value}" for key, value in places.items()))
+    return "\n\n".join(blocks)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write under a temporary name, then rename."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(__doc__, run, plan))
