@@ -5,12 +5,14 @@ One schema serves all pipelines, so that one file describes a whole job. A strin
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values never change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
 
 
@@ -33,12 +35,16 @@ class Rows(Section):
 
 
 class Files(Rows):
+    """Local files."""
+
     type: Literal["files"]
     path: str | list[str]
     """File, list of files or glob: JSON lines, JSON, CSV or Parquet, told by the suffix; `.gz` may follow."""
 
 
 class HuggingFace(Rows):
+    """A data set in Hugging Face's form."""
+
     type: Literal["huggingface"]
     path: str
     """Hub id, or a folder written by `datasets.save_to_disk`."""
@@ -64,12 +70,16 @@ Source = Annotated[Files | HuggingFace | People, Field(discriminator="type")]
 
 
 class Data(Section):
+    """The three sets and how their text becomes tokens."""
+
     forget: list[Source] = []
     """What the model must forget: prompts and the answers to unlearn."""
     normal: list[Source] = []
     """Behaviour to keep."""
     random: list[Source] = []
     """Pool of unrelated answers; only the answer column is used."""
+    folder: str | None = None
+    """Where relative paths of files start, those of evaluation sets too; applied when the recipe is loaded."""
     template: str = "Question: {prompt}\nAnswer:"
     """How a prompt is written. The answer follows after `answer_prefix` and ends with EOS."""
     answer_prefix: str = " "
@@ -83,6 +93,8 @@ class Data(Section):
 
 
 class Pretrained(Section):
+    """A model that exists."""
+
     type: Literal["pretrained"]
     path: str
     """Local folder or hub id."""
@@ -115,12 +127,16 @@ Base = Annotated[Pretrained | Scratch, Field(discriminator="type")]
 
 
 class GradientAscent(Section):
+    """Lower the probability of the forget answers."""
+
     type: Literal["gradient_ascent"]
     weight: float = Field(0.1, ge=0)
     """ε1 of Yao et al."""
 
 
 class RandomResponse(Section):
+    """Answer forget prompts with unrelated text."""
+
     type: Literal["random_response"]
     weight: float = Field(1.0, ge=0)
     """ε2 of Yao et al."""
@@ -129,12 +145,16 @@ class RandomResponse(Section):
 
 
 class KlToOriginal(Section):
+    """Keep the original model's distributions on normal answers."""
+
     type: Literal["kl_to_original"]
     weight: float = Field(1.0, ge=0)
     """ε3 of Yao et al."""
 
 
 class Nll(Section):
+    """Next-token loss on normal answers."""
+
     type: Literal["nll"]
     weight: float = Field(1.0, ge=0)
 
@@ -170,6 +190,8 @@ class Soul(Section):
 
 
 class AdamW(Section):
+    """Adam with decoupled weight decay (arXiv 1711.05101)."""
+
     type: Literal["adamw"]
     lr: float = Field(1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
@@ -184,6 +206,8 @@ Optimizer = Annotated[Soul | AdamW, Field(discriminator="type")]
 
 
 class Train(Section):
+    """Workers, precision, batches and length of training."""
+
     workers: int = Field(2, ge=0)
     """Ray Train workers; 0 runs the same loop in this process."""
     cpus_per_worker: float = Field(1, gt=0)
@@ -223,6 +247,8 @@ class Finetune(Section):
 
 
 class Models(Section):
+    """Models that exist already."""
+
     original: Pretrained | None = None
     """The model that knows the forget set; left out, `finetune` makes it from forget + normal."""
     retain_only: Pretrained | None = None
@@ -233,12 +259,16 @@ class Models(Section):
 
 
 class EvaluationSet(Section):
+    """Questions of one kind."""
+
     rows: list[Source] = Field(min_length=1)
     normalised: bool = False
     """Probability of the answer against the wrong answers (TOFU's real authors and world facts)."""
 
 
 class Evaluation(Section):
+    """What is measured before and after."""
+
     sets: dict[str, EvaluationSet] = {}
     """Named question sets; `forget` gives forget_quality, those in `utility` give model_utility."""
     utility: list[str] = []
@@ -271,6 +301,8 @@ class Gate(Section):
 
 
 class Tracking(Section):
+    """Where MLflow records the run."""
+
     uri: str | None = None
     """MLflow tracking URI; left out, `sqlite:///<storage>/mlflow.db`."""
     experiment: str = "unlearning"
@@ -279,6 +311,8 @@ class Tracking(Section):
 
 
 class Recipe(Section):
+    """A whole job."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     """Short name of model and data; part of the run's name."""
     storage: str = "runs"
@@ -320,7 +354,7 @@ class Recipe(Section):
 
 
 # Settings that say where or how visibly a job runs, but cannot change its result.
-_NOT_PART_OF_THE_RESULT = {"storage": True, "if_exists": True, "tracking": True, "train": {"log_every"}}
+_NOT_PART_OF_THE_RESULT: Any = {"storage": True, "if_exists": True, "tracking": True, "train": {"log_every"}}
 
 
 def digest(value: object, length: int = 12) -> str:

@@ -29,7 +29,7 @@ def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
     for override in overrides:
         changes = merge(changes, parse_override(override))
     try:
-        return Recipe.model_validate(merge(raw, changes))
+        return Recipe.model_validate(_with_folder(merge(raw, changes)))
     except ValidationError as error:
         lines = sorted({_explain(item) for item in error.errors(include_url=False)})
         raise ConfigError(f"{len(lines)} mistake(s) in the recipe:\n" + "\n".join(f"  {x}" for x in lines)) from None
@@ -60,6 +60,27 @@ def parse_override(text: str) -> dict[str, Any]:
     return node
 
 
+def _with_folder(raw: dict[str, Any]) -> dict[str, Any]:
+    """Relative paths of file sources under `data.folder`; the result needs no `data.folder` any more."""
+    data = raw.get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("folder"), str):
+        return raw
+    folder = Path(data["folder"])
+
+    def placed(node: Any) -> Any:
+        if isinstance(node, list):
+            return [placed(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if node.get("type") == "files" and isinstance(node.get("path"), str | list):
+            path = node["path"]
+            many = [str(folder / item) for item in (path if isinstance(path, list) else [path])]
+            return {**node, "path": many if isinstance(path, list) else many[0]}
+        return {key: placed(value) for key, value in node.items()}
+
+    return {**raw, "data": {**placed(data), "folder": None}, "evaluation": placed(raw.get("evaluation", {}))}
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         nearest = difflib.get_close_matches(path.name, [p.name for p in _recipes_near(path)], n=1, cutoff=0.4)
@@ -72,7 +93,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"Recipe {path} holds a {type(content).__name__}. Expected sections such as data: and train:.")
+        raise ConfigError(
+            f"Recipe {path} holds a {type(content).__name__}. Expected sections such as data: and train:."
+        )
     return content
 
 

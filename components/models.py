@@ -108,6 +108,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> TokenizerFacts:
+    """What preparing rows needs of a tokenizer."""
     return TokenizerFacts(tokenizer.backend_tokenizer.to_str(), int(tokenizer.eos_token_id))
 
 
@@ -117,7 +118,7 @@ def context_length(folder: Path) -> int | None:
     return config.get("max_position_embeddings") or config.get("n_positions")
 
 
-def load_model(folder: Path, dtype: str = "fp32", trust_remote_code: bool = False) -> "PreTrainedModel":
+def load_model(folder: Path, dtype: str = "fp32", trust_remote_code: bool = False) -> Any:
     """The model in evaluation mode.
 
     Raises:
@@ -145,12 +146,21 @@ def load_model(folder: Path, dtype: str = "fp32", trust_remote_code: bool = Fals
         probe = torch.tensor([[0, 1, 2, 3]])
         whole = model(input_ids=probe, use_cache=False).logits
         parts = model.get_output_embeddings()(model.base_model(input_ids=probe, use_cache=False).last_hidden_state)
+    if not torch.isfinite(whole).all():
+        raise ModelError(f"Model gives numbers that are not finite (path={folder}). Expected sound weights.")
     if not torch.equal(whole, parts):
         raise ModelError(
             f"Model changes its logits after the output layer (path={folder}, class={type(model).__name__}). "
             "Expected logits that are the output layer's; soft-capped or scaled ones are not supported."
         )
     return model
+
+
+def inference_device() -> "torch.device":
+    """The GPU that this process may use, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def make_scratch(scratch: Scratch, texts: Iterable[str], seed: int, storage: Path) -> Path:

@@ -1,0 +1,1 @@
+"""What a user runs, in this order: finetune, unlearn, evaluate, promote."""

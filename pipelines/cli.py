@@ -2,19 +2,23 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from components.config import Recipe
+from components.console import progress_line
 from components.errors import ClusterError, ConfigError, UnlearnError
 from components.load_config import load_recipe
 
 
 class Command(NamedTuple):
+    """A parsed command line."""
+
     recipe: Recipe
     models: list[str]
     """Further arguments: model folders (evaluate.py)."""
@@ -72,7 +76,8 @@ def _parse(arguments: Sequence[str], takes_models: bool) -> Command:
     models = [a for a in arguments if a not in files and a not in overrides]
     if models and not takes_models:
         raise ConfigError(
-            f"Argument not understood ({' '.join(models)}). Expected recipes (*.yaml) and overrides (section.field=value)."
+            f"Argument not understood ({' '.join(models)}). Expected recipes (*.yaml) and overrides "
+            "(section.field=value)."
         )
     return Command(load_recipe(files, overrides), models)
 
@@ -101,7 +106,9 @@ def ray_session() -> Iterator[None]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S", "300")  # a stall is an error, not 30 silent minutes
+    os.environ.setdefault(
+        "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S", "300"
+    )  # a stall is an error, not 30 silent minutes
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
@@ -111,10 +118,11 @@ def ray_session() -> Iterator[None]:
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
-    options = {} if address else {"include_dashboard": False}
+    options: Any = {} if address else {"include_dashboard": False}
     try:
         # Progress comes through files that the driver follows, so workers need not print here.
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **options)
+        with _silent_stderr():
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError) as error:
         raise ClusterError(
             f"Ray cluster does not let us in (RAY_ADDRESS={address}): {_first_line(error)} Expected a running head. "
@@ -127,9 +135,21 @@ def ray_session() -> Iterator[None]:
         ray.shutdown()
 
 
-def _quiet_driver() -> None:
-    import logging
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Ray's C++ part writes to the file descriptor itself: there it announces that it will be quiet."""
+    sys.stderr.flush()
+    with open(os.devnull, "w") as nothing:
+        kept = os.dup(2)
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
+
+def _quiet_driver() -> None:
     from components.models import quiet_libraries
 
     quiet_libraries()
@@ -140,6 +160,12 @@ def _quiet_driver() -> None:
 def say(text: str) -> None:
     """Print at once, also where the output is a file or a job log."""
     print(text, flush=True)
+
+
+def say_progress(lines: list[dict[str, Any]]) -> None:
+    """One console line for each new line of a metrics.jsonl."""
+    for line in lines:
+        say("  " + progress_line(line))
 
 
 def storage_folder(recipe: Recipe) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from components.config import Nll, Objective, Pretrained, Recipe, Scratch, Source, Train, digest
-from components.console import duration, progress_line
+from components.console import duration
 from components.data.prepare import prepare
 from components.data.sources import read_records, source_files
 from components.errors import ConfigError
@@ -30,10 +30,12 @@ from components.models import (
 from components.tracking.follow import follow
 from components.training.job import Job
 from components.training.launch import check_cluster, run_job
-from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
+from pipelines.cli import Command, ray_session, run_cli, say, say_progress, storage_folder
 
 
 class Model(NamedTuple):
+    """A model folder and its fingerprint."""
+
     folder: Path
     hash: str
     """Fingerprint of its files."""
@@ -90,7 +92,13 @@ def _make(recipe: Recipe, name: str, sources: Sequence[Source]) -> Model:
     base = base_folder(recipe)
     check_context(recipe, base)
     prepared = prepare(sources, "pairs", recipe.data, tokenizer_facts(load_tokenizer(base)), storage)
-    made_from = [fingerprint(base), prepared.digest, recipe.seed, finetune.optimizer.model_dump(), _result_of(finetune.train)]
+    made_from = [
+        fingerprint(base),
+        prepared.digest,
+        recipe.seed,
+        finetune.optimizer.model_dump(),
+        _result_of(finetune.train),
+    ]
     folder = storage / "models" / f"{name.replace('_', '-')}-{digest(made_from)}"
     if folder.exists():
         say(f"{name:<12} found in {folder}")
@@ -112,7 +120,7 @@ def _make(recipe: Recipe, name: str, sources: Sequence[Source]) -> Model:
     )
     check_cluster_for(recipe)
     started = time.perf_counter()
-    with follow(metrics, lambda lines: [say("  " + progress_line(line)) for line in lines]):
+    with follow(metrics, say_progress):
         run_job(job, storage)
     say(f"  done in {duration(time.perf_counter() - started)}: {folder}")
     return Model(folder, fingerprint(folder))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from components.config import KlToOriginal, Recipe, config_hash, run_name
-from components.console import duration, progress_line
+from components.console import duration
 from components.data.prepare import Prepared, prepare
 from components.errors import ConfigError
 from components.evaluation.metrics import evaluate_records
@@ -31,7 +31,7 @@ from components.tracking.run import log_lines, log_metrics, make_client, open_ru
 from components.training.job import Job
 from components.training.launch import run_job
 from components.training.reference import reference_pass
-from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
+from pipelines.cli import Command, ray_session, run_cli, say, say_progress, storage_folder
 from pipelines.evaluate import prepare_questions, score_model
 from pipelines.finetune import Model, check_cluster_for, check_context, count_rows, make_models, planned_parameters
 
@@ -78,8 +78,8 @@ def plan(command: Command) -> str:
         [
             "\nPlan:",
             f"  rows        {', '.join(f'{name} {shown}' for name, shown in counts.items())}",
-            f"  batch       {train.batch_size} forget rows a step = {ranks} worker(s) x up to {train.micro_batch_size} rows "
-            f"x {accumulation} micro-batch(es)",
+            f"  batch       {train.batch_size} forget rows a step = {ranks} worker(s) x up to "
+            f"{train.micro_batch_size} rows x {accumulation} micro-batch(es)",
             f"  steps       {steps or 'unknown until the data is there'}",
             f"  parameters  {f'{parameters:,}' if parameters else 'unknown until the model is there'}",
             f"  run folder  {run_folder(recipe)}",
@@ -173,10 +173,13 @@ def _train_and_judge(
     champion = bool(results) and all(result.passed for result in results)
     if champion:
         registry.set_champion(client, name, version)
-    text = _summary_text(recipe, folder, metrics, shown.get("forget", []), results, f"{name} version {version}", champion)
+    text = _summary_text(
+        recipe, folder, metrics, shown.get("forget", []), results, f"{name} version {version}", champion
+    )
     return {
         "run": folder.name, "mlflow_run_id": run_id, "registered_model": name, "version": version,
-        "champion": champion, "metrics": metrics, "steps": outcome["steps"], "seconds": outcome["seconds"], "text": text,
+        "champion": champion, "metrics": metrics, "steps": outcome["steps"], "seconds": outcome["seconds"],
+        "text": text,
     }  # fmt: skip
 
 
@@ -223,7 +226,7 @@ def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, clie
     where = f"{recipe.train.workers} Ray workers" if recipe.train.workers else "this process"
     say(f"unlearning   {parameter_count(original.folder):,} parameters, ZeRO-{recipe.train.zero_stage}, {where}")
     with (
-        follow(metrics, lambda lines: [say("  " + progress_line(line)) for line in lines]),
+        follow(metrics, say_progress),
         follow(metrics, lambda lines: log_lines(client, run_id, lines), interval=2.0) as unsent,
     ):
         outcome = run_job(job, folder)
@@ -256,9 +259,7 @@ def _facts(recipe: Recipe, original: Model, streams: Streams, outcome: dict[str,
 def _gate_cells(results: list[GateResult]) -> list[list[str]]:
     from components.console import number
 
-    return [
-        [r.metric, number(r.value), r.condition, number(r.bound), "pass" if r.passed else "FAIL"] for r in results
-    ]
+    return [[r.metric, number(r.value), r.condition, number(r.bound), "pass" if r.passed else "FAIL"] for r in results]
 
 
 def _summary_text(
@@ -267,10 +268,14 @@ def _summary_text(
 ) -> str:  # fmt: skip
     blocks = [metrics_table(metrics)] if metrics else []
     for sample in shown:
-        blocks.append(f"Q       {sample.question}\n  right   {sample.answer}\n  before  {sample.before}\n  after   {sample.after}")
+        blocks.append(
+            f"Q       {sample.question}\n  right   {sample.answer}\n  before  {sample.before}\n  after   {sample.after}"
+        )
     if results:
         blocks.append(gate_table(results))
-    aliases = "candidate and champion" if champion else "candidate" + ("; gates do not hold" if results else "; no gates")
+    aliases = (
+        "candidate and champion" if champion else "candidate" + ("; gates do not hold" if results else "; no gates")
+    )
     uri = tracking_uri(recipe.tracking, storage_folder(recipe))
     ui = f"mlflow ui --backend-store-uri {uri}, then" if uri.startswith("sqlite") else "open"
     page = "http://127.0.0.1:5000" if uri.startswith("sqlite") else uri

@@ -1,0 +1,1 @@
+"""Sources → prompts → tokens → streams: what goes in, row by row."""

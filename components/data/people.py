@@ -98,7 +98,9 @@ def _names(count: int, rng: random.Random) -> list[str]:
 
     firsts, lasts = words(*_FIRST), words(*_LAST)
     if count > min(len(firsts), len(lasts)):
-        raise DataError(f"The made-up benchmark can name {min(len(firsts), len(lasts))} people (people={count}). Ask for fewer.")
+        raise DataError(
+            f"The made-up benchmark can name {min(len(firsts), len(lasts))} people (people={count}). Ask for fewer."
+        )
     # No first or last name occurs twice: what is known of one person must not hint at another.
     return [f"{a} {b}" for a, b in zip(rng.sample(firsts, count), rng.sample(lasts, count), strict=True)]
 

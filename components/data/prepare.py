@@ -41,6 +41,8 @@ _SOURCES: TypeAdapter[Source] = TypeAdapter(Source)
 
 
 class Prepared(NamedTuple):
+    """A folder of prepared rows and how many they are."""
+
     folder: Path
     digest: str
     good: int
@@ -91,7 +93,7 @@ def _write(sources: Sequence[Source], kind: Kind, data: Data, tokenizer: Tokeniz
     import ray.data
 
     partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
-    partial.mkdir(parents=True)
+    (partial / "rows").mkdir(parents=True)
     (partial / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
     # Found here, on the driver, so that a missing file is told at once and without a worker's traceback.
     files = [(i, name) for i, source in enumerate(sources) for name in source_files(source)]
@@ -103,7 +105,7 @@ def _write(sources: Sequence[Source], kind: Kind, data: Data, tokenizer: Tokeniz
         "data": data.model_dump(mode="json", include={"template", "answer_prefix", "max_tokens"}),
     }
     try:
-        dataset = ray.data.from_items([{"source": i, "file": name} for i, name in files])
+        dataset: Any = ray.data.from_items([{"source": i, "file": name} for i, name in files])
         # Different CPU shares keep Ray from fusing the two, so that one long file is read once and tokenised widely.
         dataset = dataset.map_batches(_read, batch_size=1, fn_args=(settings,), num_cpus=0.25)
         dataset = dataset.map_batches(

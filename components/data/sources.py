@@ -15,6 +15,8 @@ from components.errors import DataError
 
 
 class Record(NamedTuple):
+    """One record, or why it cannot be read."""
+
     line: int
     """Place in the file: line number for text formats, else row number; from 1."""
     fields: dict[str, Any] | None
@@ -128,6 +130,7 @@ def _read_json(file: str) -> Iterator[Record]:
             yield from _numbered(json.loads(stream.read()))
             return
         for number, line in enumerate(stream, start=1):
+            line = line.rstrip(b"\r\n")
             if not line.strip():
                 continue
             try:

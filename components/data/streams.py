@@ -51,7 +51,9 @@ class Plan(NamedTuple):
         within = np.arange(place * self.batch_size, min((place + 1) * self.batch_size, self.paced))
         counter = epoch * self.paced + within
         nothing = np.empty(0, dtype=np.int64)
-        draws = [draw(self.seed, "random", int(i)).integers(self.pool, size=self.responses) for i in counter if self.pool]
+        draws = [
+            draw(self.seed, "random", int(i)).integers(self.pool, size=self.responses) for i in counter if self.pool
+        ]
         return StepRows(
             forget=_cycle(self.seed, "forget", self.forget, counter) if self.forget else nothing,
             normal=_cycle(self.seed, "normal", self.normal, counter) if self.normal else nothing,

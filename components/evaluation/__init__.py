@@ -1,0 +1,1 @@
+"""One scoring pass, metrics as plain functions of its records, and the report."""

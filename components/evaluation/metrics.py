@@ -35,7 +35,9 @@ def evaluate_records(records: pa.Table, retain_only: pa.Table | None, evaluation
     for name, rows in by_set.items():
         wrong = any(wrong_logp(row) for row in rows)
         normalised = evaluation.sets[name].normalised
-        metrics[f"{name}_probability"] = _mean([normalised_probability(r) if normalised else probability(r) for r in rows])
+        metrics[f"{name}_probability"] = _mean(
+            [normalised_probability(r) if normalised else probability(r) for r in rows]
+        )
         metrics[f"{name}_rouge"] = _mean([rouge_recall(row["answer"], row["generated"]) for row in rows])
         metrics[f"{name}_exact_match"] = _mean([row["generated"].strip() == row["answer"].strip() for row in rows])
         if wrong:
@@ -56,10 +58,12 @@ def evaluate_records(records: pa.Table, retain_only: pa.Table | None, evaluation
 
 
 def probability(row: dict[str, Any]) -> float:
+    """Of the right answer."""
     return math.exp(float(np.mean(row["logp"][0])))
 
 
 def wrong_logp(row: dict[str, Any]) -> list[list[float]]:
+    """Log-probabilities of the wrong answers' tokens."""
     return row["logp"][2 if row["paraphrased"] else 1 :]
 
 
@@ -89,7 +93,9 @@ def forget_quality(unlearned: Sequence[float], retain_only: Sequence[float]) -> 
 
 def model_utility(metrics: dict[str, float], sets: Sequence[str]) -> float:
     """Harmonic mean of probability, ROUGE-L and truth ratio over `sets`; TOFU takes three sets, hence nine numbers."""
-    values = [metrics[f"{s}_{m}"] for s in sets for m in ("probability", "rouge", "truth_ratio") if f"{s}_{m}" in metrics]
+    values = [
+        metrics[f"{s}_{m}"] for s in sets for m in ("probability", "rouge", "truth_ratio") if f"{s}_{m}" in metrics
+    ]
     return len(values) / sum(1 / value for value in values) if all(value > 0 for value in values) else 0.0
 
 

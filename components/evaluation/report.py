@@ -21,6 +21,8 @@ NOTE = (
 
 
 class Sample(NamedTuple):
+    """One question with two models' greedy answers."""
+
     question: str
     answer: str
     before: str
@@ -71,9 +73,7 @@ def write_report(
 def write_model_card(file: Path, title: str, facts: Mapping[str, str], models: Mapping[str, Metrics]) -> None:
     """README.md of the exported model."""
     header = "| metric | " + " | ".join(models) + " |\n|---|" + "---:|" * len(models)
-    rows = [
-        f"| {n} | " + " | ".join(number(m.get(n)) for m in models.values()) + " |" for n in metric_names(models)
-    ]
+    rows = [f"| {n} | " + " | ".join(number(m.get(n)) for m in models.values()) + " |" for n in metric_names(models)]
     made = "\n".join(f"- {key}: {value}" for key, value in facts.items())
     file.write_text(
         f"---\nlibrary_name: transformers\ntags: [unlearning]\n---\n# {title}\n\n{made}\n\n{header}\n"

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from components.batch_inference import map_batches
 from components.config import Evaluation, Train, digest
 from components.data.prepare import Prepared, read_rows
-from components.models import answer_text, load_model, load_tokenizer, whole_folder
+from components.models import answer_text, inference_device, load_model, load_tokenizer, whole_folder
 
 
 def score(
@@ -45,7 +45,8 @@ class Scorer:
     """Batch inference on prompts with their candidate answers."""
 
     def __init__(self, model: str, dtype: str, max_new_tokens: int):
-        self.model = load_model(Path(model), dtype)
+        self.device = inference_device()
+        self.model = load_model(Path(model), dtype).to(self.device)
         self.tokenizer = load_tokenizer(Path(model))
         self.max_new_tokens = max_new_tokens
 
@@ -66,7 +67,9 @@ class Scorer:
         import torch
 
         pairs = [(p, a) for p, candidates in zip(prompts, answers, strict=True) for a in candidates]
-        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(p + a) for p, a in pairs], batch_first=True)
+        padded = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(p + a, device=self.device) for p, a in pairs], batch_first=True
+        )
         hidden = self.model.base_model(input_ids=padded, use_cache=False).last_hidden_state
         out = []
         for row, (prompt, answer) in enumerate(pairs):
@@ -81,8 +84,8 @@ class Scorer:
 
         eos = self.tokenizer.eos_token_id
         width = max(map(len, prompts))
-        padded = torch.tensor([[eos] * (width - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        padded = torch.tensor([[eos] * (width - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         output = self.model.generate(
             input_ids=padded, attention_mask=mask, max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=eos
         )

@@ -1,0 +1,1 @@
+"""The terms of an objective: pure functions of log-probabilities."""

@@ -1,0 +1,1 @@
+"""SOUL, and the choice of first-order optimizers."""

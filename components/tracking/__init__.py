@@ -1,0 +1,1 @@
+"""MLflow runs and registry, gates, and following a run's metrics file."""

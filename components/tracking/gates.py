@@ -8,6 +8,8 @@ from components.console import number, table
 
 
 class GateResult(NamedTuple):
+    """One gate's verdict; value or bound is None where it could not be computed."""
+
     metric: str
     condition: str
     value: float | None
@@ -21,6 +23,7 @@ def judge(gates: Sequence[Gate], candidate: Mapping[str, float], original: Mappi
 
 
 def _judge_one(gate: Gate, value: float | None, original: float | None) -> GateResult:
+    bound: float | None
     if gate.min is not None:
         bound, condition, holds = gate.min, ">=", lambda v, b: v >= b
     elif gate.max is not None:

@@ -1,0 +1,1 @@
+"""One flat loop on the DeepSpeed engine, its batches and the original model's reference pass."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -39,10 +39,10 @@ class Reference:
     Hidden states times the frozen output layer give the original's logits exactly, at a fraction of their size.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, device: torch.device | str = "cpu"):
         from safetensors.torch import load_file
 
-        head = load_file(folder / "head.safetensors")
+        head = load_file(folder / "head.safetensors", device=str(device))
         self.weight, self.bias = head["weight"], head.get("bias")
         table = pa.parquet.read_table(folder / "hidden.parquet", memory_map=True)
         self._hidden = table["hidden"].combine_chunks()
@@ -76,6 +76,8 @@ class Answers(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
+    """One forward pass: all groups' rows together, so that ZeRO-3 gathers each layer once."""
+
     input_ids: Tensor
     """[rows, longest] right-padded with 0: under causal attention padding behind an answer cannot reach it."""
     positions: Tensor
@@ -105,7 +107,9 @@ class Batcher(NamedTuple):
             "normal": int(self.normal.answer_lengths[rows.normal].sum()) if self.normal else 0,
         }
 
-    def micro_batches(self, rows: StepRows, groups: tuple[str, ...], labels_key: int | None = None) -> Iterator[MicroBatch]:
+    def micro_batches(
+        self, rows: StepRows, groups: tuple[str, ...], labels_key: int | None = None
+    ) -> Iterator[MicroBatch]:
         """This rank's share, in as many micro-batches as every other rank has, empty ones included.
 
         `labels_key` seeds uniforms for label sampling.
@@ -116,7 +120,9 @@ class Batcher(NamedTuple):
             part = mine[k * self.micro_batch_size : (k + 1) * self.micro_batch_size]
             yield self._assemble(rows, part, groups, labels_key)
 
-    def _assemble(self, rows: StepRows, part: np.ndarray, groups: tuple[str, ...], labels_key: int | None) -> MicroBatch:
+    def _assemble(
+        self, rows: StepRows, part: np.ndarray, groups: tuple[str, ...], labels_key: int | None
+    ) -> MicroBatch:
         sequences: list[tuple[str, np.ndarray, np.ndarray, int, int]] = []  # group, prompt, answer, row index, counter
         for j in part:
             counter = int(rows.counter[j])
@@ -135,7 +141,9 @@ class Batcher(NamedTuple):
         input_ids = torch.zeros(max(1, len(sequences)), width, dtype=torch.long)
         positions: list[Tensor] = []
         for row, (_, prompt, answer, _, _) in enumerate(sequences):
-            input_ids[row, : len(prompt) + len(answer)] = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))
+            input_ids[row, : len(prompt) + len(answer)] = torch.from_numpy(
+                np.concatenate([prompt, answer]).astype(np.int64)
+            )
             positions.append(row * width + torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1))
         answers, first = {}, 0
         for group in groups:
@@ -171,8 +179,10 @@ class Batcher(NamedTuple):
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    groups = {
-        name: Answers(answers.first, *(t.to(device) if isinstance(t, Tensor) else t for t in answers[1:]))
-        for name, answers in batch.groups.items()
-    }
-    return MicroBatch(batch.input_ids.to(device), batch.positions.to(device), groups, batch.tokens)
+    """The same micro-batch on `device`."""
+
+    def moved(part: Any) -> Any:
+        return part._replace(**{k: v.to(device) for k, v in part._asdict().items() if isinstance(v, Tensor)})
+
+    groups = {name: moved(answers) for name, answers in batch.groups.items()}
+    return moved(batch)._replace(groups=groups)

@@ -30,6 +30,7 @@ class AnswerLogits(nn.Module):
 
 
 def deepspeed_config(train: Train) -> dict[str, Any]:
+    """DeepSpeed's settings, those that matter said explicitly."""
     return {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": 1,  # the loop sets the boundaries: a step may have any number of micro-batches

@@ -4,6 +4,8 @@ from components.config import Objective, Optimizer, Section, Train
 
 
 class Job(Section):
+    """Paths and settings of one training job."""
+
     model: str
     """Folder of the model to start from."""
     output: str

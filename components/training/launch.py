@@ -4,7 +4,7 @@ import os
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from components.errors import ClusterError, TrainingError, UnlearnError
 from components.training.job import Job
@@ -23,17 +23,19 @@ def run_job(job: Job, scratch: Path) -> dict[str, Any]:
 def _run_here(job: Job) -> dict[str, Any]:
     import torch
 
+    from components.models import inference_device
     from components.training.loop import train_loop
 
     if not torch.distributed.is_initialized():  # kept for later jobs: DeepSpeed holds on to the first group
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it, whoever started the process group
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    return train_loop(job, rank=0, world=1, device=torch.device("cpu"))
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    return train_loop(job, rank=0, world=1, device=inference_device())
 
 
 def _run_on_ray(job: Job, scratch: Path) -> dict[str, Any]:
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     check_cluster(job.train.workers, job.train.cpus_per_worker, job.train.gpus_per_worker)
@@ -42,8 +44,8 @@ def _run_on_ray(job: Job, scratch: Path) -> dict[str, Any]:
         resources["GPU"] = job.train.gpus_per_worker
     # A fresh name: under a known one Ray Train would silently go on from what it finds there.
     name = f"ray-train-{uuid.uuid4().hex[:8]}"
-    trainer = TorchTrainer(
-        _worker,
+    trainer: Any = TorchTrainer(
+        cast(Any, _worker),
         train_loop_config={"job": job.model_dump(mode="json")},
         scaling_config=ScalingConfig(
             num_workers=job.train.workers, use_gpu=job.train.gpus_per_worker > 0, resources_per_worker=resources
@@ -51,8 +53,8 @@ def _run_on_ray(job: Job, scratch: Path) -> dict[str, Any]:
         run_config=RunConfig(
             name=name,
             storage_path=str(scratch),
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=2),
-            **_quiet(),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=2),  # type: ignore[call-arg]
+            logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
     try:
@@ -93,12 +95,6 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
     context = ray.train.get_context()
     return train_loop(job, context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-
-
-def _quiet() -> dict[str, Any]:
-    from ray.train.v2.api.config import LoggingConfig
-
-    return {"logging_config": LoggingConfig(log_level="ERROR")}
 
 
 def _worker_error(error: Any) -> UnlearnError:

@@ -33,7 +33,7 @@ def train_loop(job: Job, rank: int, world: int, device: torch.device) -> dict[st
         TrainingError: on all ranks alike when a loss is not finite, before any parameter changes.
     """
     quiet_libraries()
-    batcher = make_batcher(job, rank, world)
+    batcher = make_batcher(job, rank, world, device)
     steps = job.train.steps or job.train.epochs * batcher.plan.steps_per_epoch
     model = load_model(Path(job.model), "fp32", job.trust_remote_code).to(device)
     optimizer = make_optimizer(job.optimizer, model)
@@ -89,7 +89,7 @@ def train_loop(job: Job, rank: int, world: int, device: torch.device) -> dict[st
     return {"steps": steps, "seconds": seconds, "world": world}
 
 
-def make_batcher(job: Job, rank: int, world: int) -> Batcher:
+def make_batcher(job: Job, rank: int, world: int, device: torch.device) -> Batcher:
     """Read the prepared rows that the objective uses."""
     forget, normal, pool = (
         Rows(read_rows(Path(folder))) if folder else None for folder in (job.forget, job.normal, job.random)
@@ -110,7 +110,7 @@ def make_batcher(job: Job, rank: int, world: int) -> Batcher:
         responses=job.objective.random.responses if job.objective.random else 0,
     )
     needs_reference = isinstance(job.objective.normal, KlToOriginal)
-    reference = Reference(Path(job.reference)) if job.reference and needs_reference else None
+    reference = Reference(Path(job.reference), device) if job.reference and needs_reference else None
     return Batcher(plan, forget, normal, pool, reference, job.train.micro_batch_size, rank, world)
 
 
@@ -145,7 +145,8 @@ def _term_inputs(
         flat = -torch.nn.functional.cross_entropy(own.float(), answers.targets, reduction="none")
         inputs["logp"] = answers.padded(flat)
     if "original_logits" in names:
-        assert reference is not None and answers.hidden is not None
+        assert reference is not None
+        assert answers.hidden is not None
         inputs["original_logits"] = reference.logits(answers.hidden)
     return {name: inputs[name] for name in names}
 
@@ -153,7 +154,11 @@ def _term_inputs(
 def sample_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
     """One label per row of `logits` [n, vocabulary] by the inverse CDF at `uniforms` [n]."""
     cdf = torch.softmax(logits.detach().double(), dim=-1).cumsum(-1)
-    return torch.searchsorted(cdf, uniforms.unsqueeze(-1) * cdf[:, -1:], right=True).squeeze(-1).clamp_max(cdf.shape[1] - 1)
+    return (
+        torch.searchsorted(cdf, uniforms.unsqueeze(-1) * cdf[:, -1:], right=True)
+        .squeeze(-1)
+        .clamp_max(cdf.shape[1] - 1)
+    )
 
 
 def _refresh_hessian(

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from components.batch_inference import map_batches
 from components.config import Train
 from components.data.prepare import Prepared, read_rows
-from components.models import load_model, whole_folder
+from components.models import inference_device, load_model, whole_folder
 
 
 def reference_pass(model: Path, model_hash: str, normal: Prepared, train: Train, storage: Path) -> Path:
@@ -43,17 +43,18 @@ class HiddenStates:
     """Batch inference of the model without its output layer."""
 
     def __init__(self, model: str, dtype: str):
-        self.model = load_model(Path(model), dtype)
+        self.device = inference_device()
+        self.model = load_model(Path(model), dtype).to(self.device)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         import torch
 
-        ids = [torch.tensor(row) for row in rows["input_ids"].to_pylist()]
+        ids = [torch.tensor(row, device=self.device) for row in rows["input_ids"].to_pylist()]
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
         with torch.no_grad():
             states = self.model.base_model(input_ids=padded, use_cache=False).last_hidden_state
         out = []
         for row, (tokens, start) in enumerate(zip(ids, rows["answer_start"].to_pylist(), strict=True)):
-            answer = states[row, start - 1 : len(tokens) - 1].contiguous()
+            answer = states[row, start - 1 : len(tokens) - 1].contiguous().cpu()
             out.append(answer.view(torch.uint8).numpy().tobytes())
         return pa.table({"hidden": pa.array(out, pa.large_binary())})

@@ -1,0 +1,88 @@
+"""What tests share: a small world (people, tokenizer, model) and one Ray cluster for all that need it."""
+
+import os
+
+os.environ.update(
+    RAY_AUTH_MODE="disabled",
+    RAY_BACKEND_LOG_LEVEL="fatal",
+    RAY_CHDIR_TO_TRIAL_DIR="0",
+    RAY_DATA_DISABLE_PROGRESS_BARS="1",
+    RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S="60",
+    RAY_DATA_LOG_LEVEL="ERROR",
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+    RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="60",
+    HF_HUB_OFFLINE="1",
+    MLFLOW_DISABLE_TELEMETRY="true",
+)
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.config import Data, People, Scratch
+from components.data.prepare import Prepared, prepare
+from components.data.sources import read_records, source_files
+from components.models import load_tokenizer, make_scratch, quiet_libraries, tokenizer_facts
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def people(split: str, **mapping: Any) -> People:
+    return People(type="people", split=split, people=16, forget_people=3, holdout_people=2, **mapping)
+
+
+DATA = Data(forget=[people("forget")], normal=[people("normal")], random=[people("normal")], max_tokens=96)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    quiet_libraries()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip("../shared/data is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=40)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="session")
+def base(storage: Path) -> Path:
+    """A random Llama of 2 layers with a tokenizer trained on the people's text."""
+    texts = [
+        record.fields[key]
+        for source in (*DATA.forget, *DATA.normal)
+        for file in source_files(source)
+        for record in read_records(source, file)
+        for key in ("question", "answer")
+    ]
+    scratch = Scratch(type="scratch", vocabulary=400, hidden_size=32, layers=2, heads=2, context=128)
+    return make_scratch(scratch, texts, 0, storage)
+
+
+@pytest.fixture(scope="session")
+def streams(ray_cluster: None, base: Path, storage: Path) -> dict[str, Prepared]:
+    facts = tokenizer_facts(load_tokenizer(base))
+    return {
+        "forget": prepare(DATA.forget, "pairs", DATA, facts, storage),
+        "normal": prepare(DATA.normal, "pairs", DATA, facts, storage),
+        "random": prepare(DATA.random, "answers", DATA, facts, storage),
+    }

@@ -1,0 +1,123 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from components.data.streams import Plan
+from components.training.batches import Batcher, Rows
+
+GROUPS = ("forget", "random", "normal")
+
+
+def rows(count: int, seed: int) -> Rows:
+    """Rows of 2 to 5 prompt and 1 to 6 answer tokens, each token telling its set and row."""
+    rng = np.random.default_rng(seed)
+    ids = [np.full(rng.integers(3, 12), 100 * seed + i, dtype=np.int32) for i in range(count)]
+    starts = [int(rng.integers(2, len(row))) for row in ids]
+    return Rows(
+        pa.table(
+            {
+                "input_ids": pa.array(ids, pa.list_(pa.int32())),
+                "answer_start": pa.array(starts, pa.int32()),
+                "row_id": [str(i) for i in range(count)],
+            }
+        )
+    )
+
+
+def batcher(rank: int = 0, world: int = 1, micro: int = 3) -> Batcher:
+    forget, normal, pool = rows(11, 1), rows(7, 2), rows(9, 3)
+    plan = Plan(seed=0, batch_size=8, forget=11, normal=7, pool=9, responses=2)
+    return Batcher(plan, forget, normal, pool, None, micro, rank, world)
+
+
+def targets(batches: list, group: str) -> list[int]:
+    return sorted(int(t) for batch in batches for t in batch.groups[group].targets)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("step", [0, 1])  # step 1 is the partial batch of 3 rows
+def test_ranks_and_micro_batches_share_out_the_same_tokens(world: int, step: int) -> None:
+    whole = batcher(micro=100)
+    step_rows = whole.plan.step_rows(step)
+    counts = whole.counts(step_rows)
+    [expected] = whole.micro_batches(step_rows, GROUPS)
+    shares = [list(batcher(rank, world).micro_batches(step_rows, GROUPS)) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1  # collectives need equally many on every rank
+    for group in GROUPS:
+        assert targets([b for share in shares for b in share], group) == targets([expected], group)
+        assert len(targets([expected], group)) == counts[group]
+
+
+def test_positions_predict_the_answer_tokens() -> None:
+    whole = batcher(micro=100)
+    [batch] = whole.micro_batches(whole.plan.step_rows(0), GROUPS)
+    flat = batch.input_ids.flatten()
+    all_targets = torch.cat([batch.groups[group].targets for group in GROUPS])
+    assert torch.equal(flat[batch.positions + 1], all_targets)
+    first = 0
+    for group in GROUPS:
+        assert batch.groups[group].first == first
+        first += len(batch.groups[group].targets)
+
+
+def test_random_responses_stand_behind_forget_prompts() -> None:
+    whole = batcher(micro=100)
+    step_rows = whole.plan.step_rows(0)
+    [batch] = whole.micro_batches(step_rows, ("random",))
+    expected = [(i, j) for i, drawn in zip(step_rows.forget, step_rows.random, strict=True) for j in drawn]
+    assert len(batch.input_ids) == 16
+    for row, (forget, response) in zip(batch.input_ids, expected, strict=True):
+        length = len(whole.forget.prompt(forget)) + len(whole.pool.answer(response))
+        joined = np.concatenate([whole.forget.prompt(forget), whole.pool.answer(response)])
+        assert row[:length].tolist() == joined.tolist()
+
+
+def test_padding_back_to_rows() -> None:
+    whole = batcher(micro=100)
+    [batch] = whole.micro_batches(whole.plan.step_rows(0), GROUPS)
+    answers = batch.groups["normal"]
+    padded = answers.padded(answers.targets.float() + 1)
+    assert torch.equal(padded > 0, answers.mask.bool())
+    assert torch.equal(padded[answers.mask.bool()], answers.targets.float() + 1)
+
+
+def test_an_empty_share_is_a_batch_without_answers() -> None:
+    step_rows = batcher().plan.step_rows(1)  # 3 rows for 5 ranks
+    [empty] = batcher(rank=4, world=5).micro_batches(step_rows, GROUPS, labels_key=0)
+    assert empty.positions.numel() == 0
+    assert empty.input_ids.shape == (1, 2)
+
+
+def test_label_uniforms_do_not_depend_on_the_split() -> None:
+    step_rows = batcher().plan.step_rows(0)
+
+    def uniforms(parts: list[Batcher]) -> list[float]:
+        return sorted(
+            float(u) for part in parts for b in part.micro_batches(step_rows, ("normal",), labels_key=4)
+            for u in b.groups["normal"].uniforms
+        )  # fmt: skip
+
+    whole = uniforms([batcher(micro=100)])
+    assert uniforms([batcher(rank, 2) for rank in range(2)]) == whole
+    assert len(set(whole)) == len(whole)
+    [other] = batcher(micro=100).micro_batches(step_rows, ("normal",), labels_key=5)
+    assert sorted(other.groups["normal"].uniforms.tolist()) != whole
+
+
+def test_reference_file_is_read_by_index(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+    from safetensors.torch import save_file
+
+    from components.training.batches import Reference
+
+    save_file({"weight": torch.randn(5, 4)}, tmp_path / "head.safetensors")
+    states = [torch.randn(n, 4) for n in (1, 3, 2)]
+    column = pa.array([s.numpy().tobytes() for s in states], pa.large_binary())
+    pq.write_table(pa.table({"hidden": column}), tmp_path / "hidden.parquet")
+    reference = Reference(tmp_path)
+    for i, state in enumerate(states):
+        assert torch.equal(reference.hidden(i), state)
+    assert reference.logits(states[1]).shape == (3, 5)

@@ -1,0 +1,95 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from components.config import AdamW, Soul, config_hash, run_name
+from components.errors import ConfigError
+from components.load_config import load_recipe, merge, parse_override
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "pipelines" / "recipes" / "demo.yaml"
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "pipelines" / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_parses(recipe: Path) -> None:
+    assert load_recipe([recipe]).name
+
+
+def test_all_mistakes_are_told_at_once_with_path_and_nearest_key() -> None:
+    overrides = ["train.wrkers=3", "train.epochs=0", "optimizer.gama=1", "objective.normal.type=kl", "foo=1"]
+    with pytest.raises(ConfigError) as error:
+        load_recipe([DEMO], overrides)
+    text = str(error.value)
+    assert "train.wrkers: unknown key. Did you mean workers?" in text
+    assert "train.epochs: Input should be greater than or equal to 1 (got 0)" in text
+    assert "optimizer.soul.gama: unknown key. Did you mean gamma?" in text
+    assert "objective.normal: needs a type, one of 'kl_to_original', 'nll'" in text
+    assert "foo: unknown key." in text
+    assert "pydantic" not in text
+
+
+def test_later_files_and_overrides_win(tmp_path: Path) -> None:
+    (tmp_path / "more.yaml").write_text("train: {epochs: 7}\nseed: 3\n")
+    recipe = load_recipe([DEMO, tmp_path / "more.yaml"], ["seed=4", "optimizer.lr=1e-5"])
+    assert (recipe.train.epochs, recipe.seed, recipe.optimizer.lr) == (7, 4, 1e-5)
+    assert recipe.train.batch_size == load_recipe([DEMO]).train.batch_size
+
+
+def test_a_changed_type_drops_the_other_types_keys() -> None:
+    recipe = load_recipe([DEMO], ["optimizer.type=adamw", "optimizer.lr=1e-3"])
+    assert recipe.optimizer == AdamW(type="adamw", lr=1e-3)
+    assert isinstance(load_recipe([DEMO]).optimizer, Soul)
+    assert merge({"a": {"type": "x", "p": 1}}, {"a": {"q": 2}}) == {"a": {"type": "x", "p": 1, "q": 2}}
+
+
+def test_override_values_are_yaml_and_may_hold_equals() -> None:
+    assert parse_override("a.b=c=d") == {"a": {"b": "c=d"}}
+    assert parse_override("a=null") == {"a": None}
+    assert parse_override("a=[1, 2]") == {"a": [1, 2]}
+    for wrong in ("a", "=1", "a=[1"):
+        with pytest.raises(ConfigError):
+            parse_override(wrong)
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean .*demo\.yaml"):
+        load_recipe([DEMO.with_name("dmo.yaml")])
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    for override, words in (
+        ("data.forget=[]", "objective.forget needs rows"),
+        ("finetune=null", "no original model"),
+        ("objective={forget: null, random: null, normal: {type: nll}}", "nothing would be unlearned"),
+        ("objective.normal=null", "curvature_of=normal needs objective.normal"),
+        ("train={dtype: bf16, zero_stage: 0}", "fp32 master weights"),
+        ("gates=[{metric: x, min: 1, max: 2}]", "exactly one of"),
+        ("evaluation.utility=[nowhere]", "not among the sets"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            load_recipe([DEMO], [override])
+
+
+def test_hash_follows_the_result_and_nothing_else() -> None:
+    recipe = load_recipe([DEMO])
+    same = load_recipe([DEMO], ["storage=/elsewhere", "train.log_every=9", "tracking.experiment=x", "if_exists=new"])
+    other = load_recipe([DEMO], ["seed=1"])
+    assert config_hash(recipe) == config_hash(same) != config_hash(other)
+    assert run_name(recipe) == f"gradient-ascent+kl-to-original-soul-demo-{config_hash(recipe)}"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [str(DEMO), "--dry-run"]])
+@pytest.mark.parametrize("pipeline", ["finetune", "unlearn", "evaluate", "promote"])
+def test_help_and_dry_run_load_no_framework(pipeline: str, arguments: list[str]) -> None:
+    """Hence they are instant."""
+    code = (
+        f"import sys, runpy; sys.argv = ['{pipeline}.py', *{arguments}]\n"
+        f"try: runpy.run_path('pipelines/{pipeline}.py', run_name='__main__')\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'ray', 'transformers', 'deepspeed', 'mlflow', 'datasets', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
