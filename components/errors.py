@@ -30,3 +30,13 @@ class TrainingError(UnlearnError, RuntimeError):
 
 class TrackingError(UnlearnError, RuntimeError):
     """MLflow refused something, or holds something else than expected."""
+
+
+def own_error(error: BaseException | None) -> UnlearnError | None:
+    """Our error inside what Ray made of it (which also derives from our class), if there is one."""
+    while error is not None:
+        inner = getattr(error, "cause", None) or error.__cause__
+        if isinstance(error, UnlearnError) and not isinstance(inner, UnlearnError):
+            return error
+        error = inner
+    return None

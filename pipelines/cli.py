@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from components.config import Recipe
 from components.console import progress_line
-from components.errors import ClusterError, ConfigError, UnlearnError
+from components.errors import ClusterError, ConfigError, own_error
 from components.load_config import load_recipe
 
 
@@ -52,21 +52,11 @@ def run_cli(
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         return 130
-    except UnlearnError as error:
-        if options.debug:
-            raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
     except Exception as error:
-        own = _own_error(error)
         if options.debug:
             raise
-        print(
-            f"{type(own).__name__}: {own}" if own else f"Unexpected {type(error).__name__}: {_first_line(error)} "
-            "Run again with --debug for the traceback.",
-            file=sys.stderr,
-        )  # fmt: skip
-        return 1
+        print(_paragraph(error), file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 
@@ -82,13 +72,11 @@ def _parse(arguments: Sequence[str], takes_models: bool) -> Command:
     return Command(load_recipe(files, overrides), models)
 
 
-def _own_error(error: BaseException | None) -> UnlearnError | None:
-    """Our error inside what Ray raised, if there is one."""
-    while error is not None:
-        if isinstance(error, UnlearnError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
+def _paragraph(error: Exception) -> str:
+    own = own_error(error)
+    if own:
+        return f"{type(own).__name__}: {own}"
+    return f"Unexpected {type(error).__name__}: {_first_line(error)} Run again with --debug for the traceback."
 
 
 def _first_line(error: Exception) -> str:
@@ -104,7 +92,7 @@ def ray_session() -> Iterator[None]:
         ClusterError: when the cluster at RAY_ADDRESS does not let us in.
     """
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault(
         "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S", "300"

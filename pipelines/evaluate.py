@@ -19,7 +19,7 @@ from components.evaluation.report import metrics_table
 from components.evaluation.scoring import score
 from components.models import fingerprint, load_tokenizer, local_folder, tokenizer_facts
 from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
-from pipelines.finetune import Model, check_context, make_models
+from pipelines.finetune import Model, check_context, check_inputs, make_models
 
 
 def run(command: Command) -> None:
@@ -27,6 +27,7 @@ def run(command: Command) -> None:
     recipe = command.recipe
     if not recipe.evaluation.sets:
         raise ConfigError("Nothing to evaluate: evaluation.sets is empty. Give at least one question set.")
+    check_inputs(recipe)
     with ray_session():
         original, retain_only = make_models(recipe)
         models = {"original": original}

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from components.config import Nll, Objective, Pretrained, Recipe, Scratch, Source, Train, digest
 from components.console import duration
 from components.data.prepare import prepare
-from components.data.sources import read_records, source_files
+from components.data.sources import hub_commit, read_records, source_files
 from components.errors import ConfigError
 from components.models import (
     context_length,
@@ -44,6 +44,7 @@ class Model(NamedTuple):
 def run(command: Command) -> None:
     """Make what is missing and say where it is."""
     recipe = command.recipe
+    check_inputs(recipe)
     with ray_session():
         original, retain_only = make_models(recipe)
     say(f"original     {original.folder}")
@@ -105,6 +106,7 @@ def _make(recipe: Recipe, name: str, sources: Sequence[Source]) -> Model:
         return Model(folder, fingerprint(folder))
     say(f"{name:<12} fine-tuning {parameter_count(base):,} parameters on {prepared.good} rows")
     metrics = storage / "models" / f"{folder.name}.jsonl"
+    metrics.parent.mkdir(parents=True, exist_ok=True)
     metrics.unlink(missing_ok=True)
     job = Job(
         model=str(base),
@@ -146,6 +148,25 @@ def base_folder(recipe: Recipe) -> Path:
         if isinstance(text, str)
     ]
     return make_scratch(base, [recipe.data.template, *texts], recipe.seed, storage_folder(recipe))
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Whatever can be told before Ray starts: files that are missing, models and tokenizers that cannot be used.
+
+    Raises:
+        ConfigError, DataError, ModelError: naming the first thing that is wrong.
+    """
+    evaluated = [source for questions in recipe.evaluation.sets.values() for source in questions.rows]
+    for source in (*recipe.data.forget, *recipe.data.normal, *recipe.data.random, *evaluated):
+        source_files(source)
+        if source.type == "huggingface" and not Path(source.path).is_dir():
+            hub_commit(source.path, source.revision)
+    base = recipe.finetune.base if recipe.finetune else None
+    for model in (recipe.models.original, recipe.models.retain_only, base):
+        if isinstance(model, Pretrained):
+            folder = local_folder(model)
+            load_tokenizer(folder)
+            check_context(recipe, folder)
 
 
 def check_context(recipe: Recipe, model: Path) -> None:

@@ -33,7 +33,15 @@ from components.training.launch import run_job
 from components.training.reference import reference_pass
 from pipelines.cli import Command, ray_session, run_cli, say, say_progress, storage_folder
 from pipelines.evaluate import prepare_questions, score_model
-from pipelines.finetune import Model, check_cluster_for, check_context, count_rows, make_models, planned_parameters
+from pipelines.finetune import (
+    Model,
+    check_cluster_for,
+    check_context,
+    check_inputs,
+    count_rows,
+    make_models,
+    planned_parameters,
+)
 
 
 class Streams(NamedTuple):
@@ -53,6 +61,7 @@ def run(command: Command) -> None:
         say(f"run          {folder.name} is finished already; set if_exists=new to run it again")
         say("\n" + json.loads(finished.read_text())["text"])
         return
+    check_inputs(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(recipe.model_dump_json(indent=2))
     say(f"run          {folder}")

@@ -80,7 +80,7 @@ def test_scores_equal_a_plain_forward_of_each_pair(records: pa.Table, base: Path
     assert records.num_rows == 15 + 20 + 10
     for row in records.to_pylist()[::6]:
         head = tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
-        tail = tokenizer(f" {row['answer']}").input_ids + [tokenizer.eos_token_id]
+        tail = [*tokenizer(f" {row['answer']}").input_ids, tokenizer.eos_token_id]
         with torch.no_grad():
             logp = torch.log_softmax(model(torch.tensor([head + tail])).logits[0], -1)
         expected = [logp[len(head) - 1 + i, token].item() for i, token in enumerate(tail)]

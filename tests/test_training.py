@@ -86,7 +86,7 @@ def plain_loop(job: Job, steps: int) -> dict[str, torch.Tensor]:
     """The same training written row by row with Hugging Face's own forward pass and two live models."""
     model, frozen = load_model(Path(job.model)), load_model(Path(job.model))
     batcher = make_batcher(job, 0, 1, torch.device("cpu"))
-    names = {name: p for name, p in model.named_parameters()}
+    names = dict(model.named_parameters())
     m = {name: torch.zeros_like(p) for name, p in names.items()}
     h = {name: torch.zeros_like(p) for name, p in names.items()}
 

@@ -10,6 +10,7 @@ set -euo pipefail
 project="$(cd "$(dirname "$0")/../.." && pwd)"
 dashboard_port="${DASHBOARD_PORT:-8265}"
 port="${PORT:-6379}"
+agent_port="${AGENT_PORT:-52365}" # must be free: the job server starts jobs through it
 # The python on the PATH of this shell is the one that runs the jobs.
 [ -x "$project/.venv/bin/ray" ] && export PATH="$project/.venv/bin:$PATH"
 export RAY_AUTH_MODE=token
@@ -25,4 +26,5 @@ if [ ! -s "$RAY_AUTH_TOKEN_PATH" ]; then
     (umask 077 && python -c "import secrets; print(secrets.token_hex(32), end='')" >"$RAY_AUTH_TOKEN_PATH")
 fi
 exec ray start --head --block --port="$port" --dashboard-host=127.0.0.1 --dashboard-port="$dashboard_port" \
-    --min-worker-port=22000 --max-worker-port=22999 --disable-usage-stats "$@"
+    --dashboard-agent-listen-port="$agent_port" --min-worker-port=22000 --max-worker-port=22999 \
+    --disable-usage-stats "$@"

@@ -1,6 +1,7 @@
 """Files, hub data sets and the made-up benchmark as one thing: records with the place they came from."""
 
 import csv
+import functools
 import glob
 import gzip
 import hashlib
@@ -46,8 +47,10 @@ def source_files(source: Source) -> list[str]:
 
 def fingerprint(source: Source) -> str:
     """Hex digest that changes with the content read: file bytes, hub id and revision, or the benchmark's settings."""
-    if isinstance(source, People) or (isinstance(source, HuggingFace) and not Path(source.path).is_dir()):
+    if isinstance(source, People):
         return digest(source.model_dump(mode="json"), 64)
+    if isinstance(source, HuggingFace) and not Path(source.path).is_dir():
+        return digest([source.model_dump(mode="json"), hub_commit(source.path, source.revision)], 64)
     total = hashlib.sha256()
     for name in source_files(source):
         path = Path(name)
@@ -56,6 +59,23 @@ def fingerprint(source: Source) -> str:
                 with file.open("rb") as stream:
                     total.update(hashlib.file_digest(stream, "sha256").digest())
     return total.hexdigest()
+
+
+@functools.cache
+def hub_commit(path: str, revision: str | None) -> str:
+    """The commit that a hub data set stands at; what `revision` says where the hub client is told to stay offline.
+
+    Raises:
+        DataError: at once, when the hub or the data set is out of reach.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return f"offline:{revision}"
+    try:
+        return str(HfApi().dataset_info(path, revision=revision, timeout=10).sha)
+    except Exception as error:  # the hub client raises many unrelated kinds
+        raise DataError(_UNREACHABLE.format(path=path, error=type(error).__name__)) from error
 
 
 def read_records(source: Source, file: str) -> Iterator[Record]:
@@ -158,8 +178,11 @@ def _read_hugging_face(source: HuggingFace) -> Iterator[Record]:
             )
         yield from _numbered(rows)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise DataError(
-            f"Data set cannot be loaded (path={source.path}, subset={source.subset}, split={source.split}): "
-            f"{type(error).__name__}: {str(error)[:200]}. Expected a hub id within reach or a folder written by "
-            "datasets.save_to_disk; without network, give the files with type: files."
-        ) from error
+        kind = f"{type(error).__name__}: {str(error)[:200]}"
+        raise DataError(_UNREACHABLE.format(path=f"{source.path}, split={source.split}", error=kind)) from error
+
+
+_UNREACHABLE = (
+    "Data set cannot be loaded (path={path}): {error}. Expected a hub id within reach or a folder written by "
+    "datasets.save_to_disk. Without network, give the files with type: files."
+)

@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 from typing import Any, cast
 
-from components.errors import ClusterError, TrainingError, UnlearnError
+from components.errors import ClusterError, TrainingError, UnlearnError, own_error
 from components.training.job import Job
 
 
@@ -101,11 +101,8 @@ def _worker_error(error: Any) -> UnlearnError:
     """Our own error out of Ray's collection of one exception per rank."""
     failures = list(getattr(error, "worker_failures", {}).values())
     for failure in failures:
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, UnlearnError):
-                return cause
-            cause = getattr(cause, "cause", None) or cause.__cause__
+        if own := own_error(failure):
+            return own
     first = str(failures[0] if failures else error).strip().splitlines()
     return TrainingError(
         f"A training worker failed: {first[-1] if first else type(error).__name__}. Run again with --debug for its "

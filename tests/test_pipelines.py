@@ -1,0 +1,214 @@
+"""Whole commands, as a user types them: a small recipe end to end, and what bad input gives."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {"people": 16, "forget_people": 3, "holdout_people": 2}
+CANDIDATES = {"paraphrased_answer": "paraphrased_answer", "perturbed_answer": "perturbed_answer"}
+
+
+def people(split: str, **more) -> dict:
+    return {"type": "people", "split": split, **SIZES, **more}
+
+
+SMALL = {
+    "name": "small",
+    "data": {"forget": [people("forget")], "normal": [people("normal"), people("general")],
+             "random": [people("normal")], "max_tokens": 96},
+    "finetune": {
+        "base": {"type": "scratch", "vocabulary": 400, "hidden_size": 32, "layers": 2, "heads": 2, "context": 128},
+        "optimizer": {"type": "adamw", "lr": 5e-3},
+        "train": {"workers": 0, "zero_stage": 0, "steps": 60, "batch_size": 16, "micro_batch_size": 16,
+                  "log_every": 50},
+    },
+    "objective": {"forget": {"type": "gradient_ascent", "weight": 0.05}, "random": {"type": "random_response"},
+                  "normal": {"type": "kl_to_original"}},
+    "optimizer": {"type": "soul", "lr": 1e-3, "gamma": 10, "hessian_interval": 2},
+    "train": {"workers": 2, "zero_stage": 3, "steps": 6, "batch_size": 6, "micro_batch_size": 3, "log_every": 2},
+    "evaluation": {
+        "sets": {
+            "forget": {"rows": [people("forget", **CANDIDATES)]},
+            "retain": {"rows": [people("normal", limit=10, **CANDIDATES)]},
+            "general": {"rows": [people("general", limit=10, **CANDIDATES)], "normalised": True},
+        },
+        "utility": ["retain"], "max_new_tokens": 16,
+    },
+    "gates": [{"metric": "retain_probability", "min": 0.0}],
+}  # fmt: skip
+
+
+def command(pipeline: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "pipelines" / f"{pipeline}.py"), *arguments],
+        capture_output=True, text=True, timeout=300, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipelines")
+    file = folder / "small.yaml"
+    file.write_text(yaml.safe_dump({**SMALL, "storage": str(folder / "runs")}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def done(recipe: Path) -> subprocess.CompletedProcess:
+    """The main job with 2 Ray workers under ZeRO-3, in a process of its own."""
+    return command("unlearn", str(recipe))
+
+
+@pytest.fixture(scope="module")
+def run_folder(done: subprocess.CompletedProcess, recipe: Path) -> Path:
+    assert done.returncode == 0, done.stderr
+    [folder] = (recipe.parent / "runs").glob("gradient-ascent*")
+    return folder
+
+
+def test_the_main_job_prints_what_matters_and_nothing_else(done, run_folder: Path) -> None:
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert len(lines) < 80
+    assert max(map(len, lines)) < 200
+    steps = [line for line in lines if line.startswith("  step ") and "/6 " in line]
+    assert len(steps) == 4
+    for word in ("forget", "random", "normal", "grad", "clip", "tok/s", "left"):
+        assert all(word in line for line in steps)
+    text = done.stdout
+    for words in ("baseline     original: forget_probability", "model_utility", "retain-only", str(run_folder),
+                  "report.html", "candidate and champion", "mlflow ui"):  # fmt: skip
+        assert words in text
+    assert text.count("\n  before  ") == text.count("\n  after   ") == 3
+    assert text.index("baseline") < text.index("step 1/6")
+
+
+def test_the_run_folder_is_whole(run_folder: Path) -> None:
+    names = {file.name for file in run_folder.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "eval", "model", "report.html", "summary.json"}
+    assert {f.stem for f in (run_folder / "eval").iterdir()} == {"original", "unlearned", "retain-only"}
+    assert json.loads((run_folder / "config.json").read_text())["train"]["zero_stage"] == 3
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
+        file.name for file in (run_folder / "model").iterdir()
+    }
+    card = (run_folder / "model" / "README.md").read_text()
+    assert "does not prove that every trace is gone" in card
+    storage = {folder.name for folder in run_folder.parent.iterdir()}
+    assert {"prepared", "models", "reference", "evaluations", "mlflow.db", "mlflow-artifacts"} <= storage
+
+
+def test_a_stranger_gets_the_reports_answers(run_folder: Path) -> None:
+    """Plain transformers in another process, one prompt at a time, without our code."""
+    records = json.loads((run_folder / "summary.json").read_text())["text"]
+    shown = [block for block in records.split("\n\n") if block.startswith("Q ")]
+    pairs = [(b.split("\n")[0].removeprefix("Q").strip(), b.split("after")[-1].strip()) for b in shown]
+    assert len(pairs) == 3
+    code = (
+        "import json, sys\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "t = AutoTokenizer.from_pretrained(sys.argv[1]); m = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "for q in json.loads(sys.argv[2]):\n"
+        "    ids = t(f'Question: {q}\\nAnswer:', return_tensors='pt').input_ids\n"
+        "    out = m.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1]:]\n"
+        "    print(json.dumps(t.decode(out, skip_special_tokens=True).strip()))\n"
+    )
+    questions = json.dumps([question for question, _ in pairs])
+    arguments = [sys.executable, "-c", code, str(run_folder / "model"), questions]
+    out = subprocess.run(arguments, capture_output=True, text=True, cwd=run_folder)
+    assert [json.loads(line) for line in out.stdout.splitlines()] == [answer for _, answer in pairs], out.stderr
+
+
+def test_mlflow_holds_the_run_and_the_champion(run_folder: Path) -> None:
+    import mlflow
+
+    uri = f"sqlite:///{run_folder.parent / 'mlflow.db'}"
+    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    run = client.get_run(json.loads((run_folder / "summary.json").read_text())["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == run_folder.name
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "train/forget_loss")] == [1, 3, 5, 6]
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "eval/model_utility")] == [0, 6]
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"config.json", "report.html"}
+    assert client.get_model_version_by_alias("small", "candidate").version == 1
+    assert client.get_model_version_by_alias("small", "champion").version == 1
+
+
+def test_the_same_command_shows_the_finished_run(done, run_folder: Path, recipe: Path) -> None:
+    again = command("unlearn", str(recipe))
+    assert again.returncode == 0
+    assert "is finished already" in again.stdout
+    assert "step" not in again.stdout
+    assert again.stdout[again.stdout.index("\nmetric") :].rstrip() in done.stdout
+    refused = command("unlearn", str(recipe), "if_exists=fail")
+    assert refused.returncode == 2
+    assert "Run exists" in refused.stderr
+
+
+def test_a_new_run_finds_models_and_data_and_promotion_is_gated(run_folder: Path, recipe: Path) -> None:
+    strict = ["gates=[{metric: retain_probability, min: 2.0}]", "train.workers=0"]
+    other = command("unlearn", str(recipe), *strict)
+    assert other.returncode == 0, other.stderr
+    assert "original     found in" in other.stdout
+    assert "retain_only  found in" in other.stdout
+    assert "FAIL" in other.stdout
+    assert "gates do not hold" in other.stdout
+    refused = command("promote", str(recipe), *strict)
+    assert refused.returncode == 1
+    assert "Candidate is not promoted (model=small, version=2)" in refused.stderr
+    accepted = command("promote", str(recipe))
+    assert accepted.returncode == 0, accepted.stderr
+    assert "champion: small version 2" in accepted.stdout
+
+
+def test_finetune_and_evaluate_commands(run_folder: Path, recipe: Path) -> None:
+    made = command("finetune", str(recipe))
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.count("found in") == 2
+    table = command("evaluate", str(recipe), str(run_folder / "model"))
+    assert table.returncode == 0, table.stderr
+    assert table.stderr == ""
+    header = next(line for line in table.stdout.splitlines() if line.startswith("metric"))
+    assert header.split() == ["metric", "original", "retain-only", run_folder.name]
+    stored = json.loads((run_folder / "eval" / "unlearned.json").read_text())
+    row = next(line for line in table.stdout.splitlines() if line.startswith("forget_probability"))
+    assert float(row.split()[-1]) == pytest.approx(stored["forget_probability"], rel=0.01)
+
+
+def no_eos(folder: Path, base: Path) -> str:
+    """A copy of `base` whose tokenizer knows no EOS."""
+    import shutil
+
+    shutil.copytree(base, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "eos_token"}))
+    return str(folder)
+
+
+def test_bad_input_is_one_paragraph_with_an_exit_code(tmp_path: Path, recipe: Path, base: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "other.jsonl").write_text('{"prompt": "q", "answer": "a"}\n')
+    given = "models.original={type: pretrained, path: %s}"
+    cases = [
+        (2, "Recipe nowhere.yaml does not exist", ["nowhere.yaml"]),
+        (2, "Argument not understood", [str(recipe), "what"]),
+        (2, "Did you mean workers?", [str(recipe), "train.wokers=1"]),
+        (2, "Rows may be longer than the model's context", [str(recipe), "data.max_tokens=500"]),
+        (1, "Data is empty", [str(recipe), f"data.forget=[{{type: files, path: {tmp_path}/empty.jsonl}}]"]),
+        (1, "no column 'question'", [str(recipe), f"data.forget=[{{type: files, path: {tmp_path}/other.jsonl}}]"]),
+        (1, "Data file not found", [str(recipe), "data.forget=[{type: files, path: /nowhere.jsonl}]"]),
+        (1, "Cluster is too small (train.workers=99", [str(recipe), "train.workers=99"]),
+        (1, "Model folder does not exist", [str(recipe), given % "/nowhere"]),
+        (1, "Tokenizer has no EOS token", [str(recipe), given % no_eos(tmp_path / "no-eos", base)]),
+        (1, "Model cannot be had from the hub (path=nobody/nothing", [str(recipe), given % "nobody/nothing"]),
+    ]
+    for code, words, arguments in cases:
+        result = command("unlearn", *arguments, *([f"storage={tmp_path / 'runs'}"] if "yaml" in arguments[0] else []))
+        assert words in result.stderr, (arguments, result.stderr)
+        assert result.returncode == code, (arguments, result.stderr)
+        assert "Traceback" not in result.stderr
+        assert len(result.stderr.strip().split("\n\n")) == 1
