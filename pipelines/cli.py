@@ -74,8 +74,8 @@ def _parse(arguments: Sequence[str], takes_models: bool) -> Command:
 
 def _paragraph(error: Exception) -> str:
     own = own_error(error)
-    if own:
-        return f"{type(own).__name__}: {own}"
+    if own:  # what Ray added to an error of a task stands on lines of its own
+        return f"{type(own).__name__}: {own if own is error else _first_line(own)}"
     return f"Unexpected {type(error).__name__}: {_first_line(error)} Run again with --debug for the traceback."
 
 
@@ -157,5 +157,8 @@ def say_progress(lines: list[dict[str, Any]]) -> None:
 
 
 def storage_folder(recipe: Recipe) -> Path:
-    """Absolute, since workers run elsewhere."""
-    return Path(recipe.storage).expanduser().resolve()
+    """Absolute, since workers run elsewhere; a relative one is not kept in a Ray job's folder, which Ray deletes."""
+    path = Path(recipe.storage).expanduser()
+    if not path.is_absolute() and "working_dir_files" in Path.cwd().parts:
+        path = Path.home() / "ray-unlearn" / path
+    return path.resolve()

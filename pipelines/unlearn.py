@@ -8,8 +8,8 @@ gates hold, as champion.
 """
 
 import json
-import os
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -22,11 +22,11 @@ from components.console import duration
 from components.data.prepare import Prepared, prepare
 from components.errors import ConfigError
 from components.evaluation.metrics import evaluate_records
-from components.evaluation.report import Sample, metrics_table, samples, write_model_card, write_report
+from components.evaluation.report import Sample, first_samples
 from components.models import fingerprint, load_tokenizer, parameter_count, tokenizer_facts
 from components.tracking import registry
 from components.tracking.follow import follow
-from components.tracking.gates import GateResult, gate_table, judge
+from components.tracking.gates import judge
 from components.tracking.run import log_lines, log_metrics, make_client, open_run, tracking_uri
 from components.training.job import Job
 from components.training.launch import run_job
@@ -42,6 +42,7 @@ from pipelines.finetune import (
     make_models,
     planned_parameters,
 )
+from pipelines.outcome import Outcome, summary_text, write_files, write_whole
 
 
 class Streams(NamedTuple):
@@ -153,42 +154,43 @@ def _train_and_judge(
     records: dict[str, pa.Table], client: Any, run_id: str, tags: dict[str, str],
 ) -> dict[str, Any]:  # fmt: skip
     log_metrics(client, run_id, "eval", _evaluate(recipe, records).get("original", {}), step=0)
-    outcome = _train(recipe, folder, original, streams, client, run_id)
+    trained = _train(recipe, folder, original, streams, client, run_id)
     model = Model(folder / "model", fingerprint(folder / "model"))
 
-    shown: dict[str, list[Sample]] = {}
+    samples: dict[str, list[Sample]] = {}
     if questions:
-        records["unlearned"] = score_model(recipe, model, questions)
-        shown = {name: samples(records["original"], records["unlearned"], name) for name in questions}
+        records = {**records, "unlearned": score_model(recipe, model, questions)}
+        samples = {name: first_samples(records["original"], records["unlearned"], name) for name in questions}
     metrics = _evaluate(recipe, records)
-    order = [name for name in ("original", "unlearned", "retain-only") if name in metrics]
-    metrics = {name: metrics[name] for name in order}
     unlearned = metrics.get("unlearned", {})
-    log_metrics(client, run_id, "eval", unlearned, step=outcome["steps"])
+    log_metrics(client, run_id, "eval", unlearned, step=trained["steps"])
     log_metrics(client, run_id, "retain_only", metrics.get("retain-only", {}), step=0)
-    results = judge(recipe.gates, unlearned, metrics.get("original", {}))
 
-    facts = _facts(recipe, original, streams, outcome, run_id)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    (folder / "eval").mkdir(exist_ok=True)
-    for name, values in metrics.items():
-        write_whole(folder / "eval" / f"{name}.json", json.dumps(values, indent=2))
-    write_report(folder / "report.html", folder.name, facts, metrics, lines, shown, _gate_cells(results))
-    write_model_card(model.folder / "README.md", folder.name, facts, metrics)
-    client.log_artifact(run_id, str(folder / "report.html"))
-
-    name = recipe.tracking.registered_model or recipe.name
-    version = registry.register(client, run_id, model.folder, name, unlearned, outcome["steps"], tags)
-    champion = bool(results) and all(result.passed for result in results)
-    if champion:
-        registry.set_champion(client, name, version)
-    text = _summary_text(
-        recipe, folder, metrics, shown.get("forget", []), results, f"{name} version {version}", champion
+    outcome = Outcome(
+        recipe=recipe,
+        folder=folder,
+        metrics={name: metrics[name] for name in ("original", "unlearned", "retain-only") if name in metrics},
+        samples=samples,
+        gates=judge(recipe.gates, unlearned, metrics.get("original", {})),
+        facts={
+            "command": shlex.join(["python", *sys.argv]),
+            "recipe": f"{recipe.name}, config hash {config_hash(recipe)}, seed {recipe.seed}",
+            "original model": f"{original.folder.name}, fingerprint {original.hash}",
+            "data": "; ".join(f"{n} {p.good} rows, digest {p.digest}" for n, p in streams._asdict().items() if p),
+            "training": f"{trained['steps']} steps in {duration(trained['seconds'])} on {trained['world']} worker(s)",
+            "MLflow run": run_id,
+        },
     )
+    write_files(outcome)
+    client.log_artifact(run_id, str(folder / "report.html"))
+    name = recipe.tracking.registered_model or recipe.name
+    version = registry.register(client, run_id, model.folder, name, unlearned, trained["steps"], tags)
+    if outcome.champion:
+        registry.set_champion(client, name, version)
     return {
         "run": folder.name, "mlflow_run_id": run_id, "registered_model": name, "version": version,
-        "champion": champion, "metrics": metrics, "steps": outcome["steps"], "seconds": outcome["seconds"],
-        "text": text,
+        "champion": outcome.champion, "metrics": outcome.metrics, "steps": trained["steps"],
+        "seconds": trained["seconds"], "text": summary_text(outcome, f"{name} version {version}"),
     }  # fmt: skip
 
 
@@ -217,7 +219,8 @@ def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, clie
         storage = storage_folder(recipe)
         reference = reference_pass(original.folder, original.hash, streams.normal, recipe.train, storage)
     metrics = folder / "metrics.jsonl"
-    metrics.unlink(missing_ok=True)
+    metrics.unlink(missing_ok=True)  # of a run that did not reach its end
+    shutil.rmtree(folder / "model", ignore_errors=True)
     given = recipe.models.original
     job = Job(
         model=str(original.folder),
@@ -252,57 +255,6 @@ def _evaluate(recipe: Recipe, records: dict[str, pa.Table]) -> dict[str, dict[st
 def _headline(name: str, metrics: dict[str, float]) -> str:
     shown = [key for key in ("forget_probability", "model_utility") if key in metrics]
     return f"{name}: " + " ".join(f"{key} {metrics[key]:.3f}" for key in shown)
-
-
-def _facts(recipe: Recipe, original: Model, streams: Streams, outcome: dict[str, Any], run_id: str) -> dict[str, str]:
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "recipe": f"{recipe.name}, config hash {config_hash(recipe)}, seed {recipe.seed}",
-        "original model": f"{original.folder.name}, fingerprint {original.hash}",
-        "data": "; ".join(f"{n} {p.good} rows, digest {p.digest}" for n, p in streams._asdict().items() if p),
-        "training": f"{outcome['steps']} steps in {duration(outcome['seconds'])} on {outcome['world']} worker(s)",
-        "MLflow run": run_id,
-    }
-
-
-def _gate_cells(results: list[GateResult]) -> list[list[str]]:
-    from components.console import number
-
-    return [[r.metric, number(r.value), r.condition, number(r.bound), "pass" if r.passed else "FAIL"] for r in results]
-
-
-def _summary_text(
-    recipe: Recipe, folder: Path, metrics: dict[str, dict[str, float]], shown: list[Sample],
-    results: list[GateResult], version: str, champion: bool,
-) -> str:  # fmt: skip
-    blocks = [metrics_table(metrics)] if metrics else []
-    for sample in shown:
-        blocks.append(
-            f"Q       {sample.question}\n  right   {sample.answer}\n  before  {sample.before}\n  after   {sample.after}"
-        )
-    if results:
-        blocks.append(gate_table(results))
-    aliases = (
-        "candidate and champion" if champion else "candidate" + ("; gates do not hold" if results else "; no gates")
-    )
-    uri = tracking_uri(recipe.tracking, storage_folder(recipe))
-    ui = f"mlflow ui --backend-store-uri {uri}, then" if uri.startswith("sqlite") else "open"
-    page = "http://127.0.0.1:5000" if uri.startswith("sqlite") else uri
-    places = {
-        "run folder": str(folder),
-        "report": str(folder / "report.html"),
-        "model": f"{folder / 'model'} = {version} ({aliases})",
-        "MLflow": f"{ui} {page}/?workflowType=machine_learning",
-    }
-    blocks.append("\n".join(f"{key:<11} {value}" for key, value in places.items()))
-    return "\n\n".join(blocks)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write under a temporary name, then rename."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from components.evaluation.metrics import (
     rouge_recall,
     truth_ratio,
 )
-from components.evaluation.report import metrics_table, samples, write_model_card, write_report
+from components.evaluation.report import first_samples, metrics_table, write_model_card, write_report
 from components.evaluation.scoring import score
 from components.models import fingerprint, load_tokenizer, tokenizer_facts
 from tests.conftest import people
@@ -118,7 +118,7 @@ def test_report_and_card_are_whole(records: pa.Table, evaluation: Evaluation, tm
     metrics = evaluate_records(records, records, evaluation)
     models = {"original": metrics, "unlearned": metrics}
     lines = [{"step": i, "train/forget_loss": -i, "train/grad_norm": 1.0, "train/clip_fraction": 0.5} for i in range(3)]
-    shown = {"forget": samples(records, records, "forget")}
+    shown = {"forget": first_samples(records, records, "forget")}
     write_report(
         tmp_path / "r.html", "a <run>", {"command": "x"}, models, lines, shown, [["m", "1", ">=", "0", "pass"]]
     )

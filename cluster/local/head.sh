@@ -3,7 +3,7 @@
 #
 #   cluster/local/head.sh              then, in another shell:
 #   eval "$(cluster/local/head.sh --env)"
-#   ray job submit --working-dir . -- python pipelines/unlearn.py pipelines/recipes/demo.yaml storage=$PWD/runs
+#   ray job submit --working-dir . -- python pipelines/unlearn.py pipelines/recipes/demo.yaml
 #
 # Token authentication is on: whoever may run jobs here needs the token file that --env points to.
 set -euo pipefail

@@ -41,7 +41,7 @@ def metric_names(models: Mapping[str, Metrics]) -> list[str]:
     return [name for name in HEADLINE if name in names] + [name for name in names if name not in HEADLINE]
 
 
-def samples(before: pa.Table, after: pa.Table, set_name: str, count: int = 3) -> list[Sample]:
+def first_samples(before: pa.Table, after: pa.Table, set_name: str, count: int = 3) -> list[Sample]:
     """The first questions of a set with both models' greedy answers."""
     old = [row for row in before.to_pylist() if row["set"] == set_name][:count]
     new = [row for row in after.to_pylist() if row["set"] == set_name][:count]
@@ -101,10 +101,10 @@ def _plane(models: Mapping[str, Metrics]) -> Any:
     axes.set_xlabel("probability of forget answers (lower is better)")
     axes.set_ylabel("model utility (higher is better)")
     axes.set_xlim(-0.03, 1.03)
-    axes.set_ylim(0, None)
+    axes.set_ylim(-0.03, 1.03)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[1]:
-        axes.legend()
+        axes.legend(loc="lower center", ncols=len(models))
     return figure
 
 

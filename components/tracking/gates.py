@@ -36,11 +36,20 @@ def _judge_one(gate: Gate, value: float | None, original: float | None) -> GateR
     return GateResult(gate.metric, condition, value, bound, passed)
 
 
+def gate_cells(results: Sequence[GateResult]) -> list[tuple[str, ...]]:
+    """Metric, value, condition, bound and verdict of each result, as text."""
+    return [
+        (
+            r.metric,
+            number(r.value) if r.value is not None else "not computed",
+            r.condition,
+            number(r.bound),
+            "pass" if r.passed else "FAIL",
+        )
+        for r in results
+    ]
+
+
 def gate_table(results: Sequence[GateResult]) -> str:
     """Results as a table for the console."""
-    rows = [
-        (r.metric, number(r.value) if r.value is not None else "not computed", r.condition, number(r.bound),
-         "pass" if r.passed else "FAIL")
-        for r in results
-    ]  # fmt: skip
-    return table(("gate", "value", "condition", "bound", ""), rows)
+    return table(("gate", "value", "condition", "bound", "verdict"), gate_cells(results))
