@@ -1,5 +1,6 @@
 """Run a model over many rows: on Ray Data actors, or here."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,7 @@ def _on_ray(batches: list[pa.Table], make: Any, arguments: tuple[Any, ...], trai
     size = min(train.workers, len(batches))
     mapped = ray.data.from_arrow(numbered).map_batches(
         _Worker,
-        fn_constructor_args=(make, arguments),
+        fn_constructor_args=(make, arguments, train.gpus_per_worker),
         batch_size=None,  # one block is one batch
         batch_format="pyarrow",
         zero_copy_batch=True,
@@ -45,12 +46,21 @@ def _on_ray(batches: list[pa.Table], make: Any, arguments: tuple[Any, ...], trai
         num_gpus=train.gpus_per_worker or None,
         compute=ray.data.ActorPoolStrategy(size=size),
     )
+    mapped.context.execution_no_progress_timeout_s = 3600  # a large model and a first batch may take long
     results = pa.concat_tables(ray.get(mapped.to_arrow_refs()))
     return [results.take(np.argsort(results["batch"].to_numpy(), kind="stable")).drop_columns("batch")]
 
 
+def hide_gpus() -> None:
+    """Keep a worker that reserved no GPU off the machine's: Ray does not, and DeepSpeed takes what it sees."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+
+
 class _Worker:
-    def __init__(self, make: Any, arguments: tuple[Any, ...]):
+    def __init__(self, make: Any, arguments: tuple[Any, ...], gpus: int):
+        if not gpus:
+            hide_gpus()
         quiet_libraries()
         self.function = make(*arguments)
 

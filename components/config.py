@@ -80,7 +80,7 @@ class Data(Section):
     """Pool of unrelated answers; only the answer column is used."""
     folder: str | None = None
     """Where relative paths of files start, those of evaluation sets too; applied when the recipe is loaded."""
-    template: str = "Question: {prompt}\nAnswer:"
+    template: str = Field("Question: {prompt}\nAnswer:", pattern=r"\{prompt\}")
     """How a prompt is written. The answer follows after `answer_prefix` and ends with EOS."""
     answer_prefix: str = " "
     max_tokens: int = Field(256, ge=8)
@@ -99,7 +99,6 @@ class Pretrained(Section):
     path: str
     """Local folder or hub id."""
     revision: str | None = None
-    trust_remote_code: bool = False
 
 
 class Scratch(Section):
@@ -173,12 +172,15 @@ class Objective(Section):
 # --- optimizers ------------------------------------------------------------------------------------------------------
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Soul(Section):
     """SOUL: Sophia's clipped step with a Gauss-Newton-Bartlett diagonal Hessian (arXiv 2404.18239, 2305.14342)."""
 
     type: Literal["soul"]
     lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.965, 0.99)
+    betas: tuple[Beta, Beta] = (0.965, 0.99)
     gamma: float = Field(0.04, gt=0)
     """ρ of Sophia: scales the Hessian against the momentum; larger means fewer clipped coordinates."""
     eps: float = Field(1e-12, gt=0)
@@ -194,7 +196,7 @@ class AdamW(Section):
 
     type: Literal["adamw"]
     lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
 
@@ -211,7 +213,7 @@ class Train(Section):
     workers: int = Field(2, ge=0)
     """Ray Train workers; 0 runs the same loop in this process."""
     cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)
+    gpus_per_worker: Literal[0, 1] = 0
     zero_stage: Literal[0, 1, 2, 3] = 3
     """DeepSpeed ZeRO stage."""
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -229,7 +231,7 @@ class Train(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after warm-up; linear and cosine end at 0."""
     log_every: int = Field(1, ge=1)
-    """Steps between two progress lines."""
+    """Steps between two progress lines; metrics.jsonl and MLflow get every step."""
 
     @model_validator(mode="after")
     def _bf16_needs_masters(self) -> "Train":
@@ -265,11 +267,20 @@ class EvaluationSet(Section):
     normalised: bool = False
     """Probability of the answer against the wrong answers (TOFU's real authors and world facts)."""
 
+    @model_validator(mode="after")
+    def _wrong_answers_fit(self) -> "EvaluationSet":
+        having = [source.perturbed_answer is not None for source in self.rows]
+        if any(having) != all(having):
+            raise ValueError("some of the set's sources name a perturbed_answer and some do not; give all or none")
+        if self.normalised and not all(having):
+            raise ValueError("normalised needs wrong answers: name the column perturbed_answer")
+        return self
+
 
 class Evaluation(Section):
     """What is measured before and after."""
 
-    sets: dict[str, EvaluationSet] = {}
+    sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], EvaluationSet] = {}
     """Named question sets; `forget` gives forget_quality, those in `utility` give model_utility."""
     utility: list[str] = []
     max_new_tokens: int = Field(48, ge=1)
@@ -317,7 +328,7 @@ class Recipe(Section):
     """Short name of model and data; part of the run's name."""
     storage: str = "runs"
     """Folder for prepared data, models, runs and MLflow's files; on a cluster, one that every node sees."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     if_exists: Literal["resume", "new", "fail"] = "resume"
     """A finished run of the same name is shown again (resume), run anew beside it (new), or refused (fail)."""
     data: Data
@@ -348,6 +359,9 @@ class Recipe(Section):
             problems.append("no original model: give models.original, or finetune to make one")
         if isinstance(self.optimizer, Soul) and self.optimizer.curvature_of == "normal" and not self.objective.normal:
             problems.append("optimizer.curvature_of=normal needs objective.normal; choose forget or all")
+        tuning = self.finetune.optimizer if self.finetune else None
+        if isinstance(tuning, Soul) and tuning.curvature_of == "forget":
+            problems.append("finetune.optimizer.curvature_of=forget: fine-tuning has normal rows only")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -363,12 +377,14 @@ def digest(value: object, length: int = 12) -> str:
 
 
 def config_hash(recipe: Recipe) -> str:
-    """Eight hex digits that change whenever a setting that can change the result does."""
+    """Eight hex digits that change whenever a setting that can change the result does.
+
+    Settings only: what lies at the paths they name is compared when a finished run is met again.
+    """
     return digest(recipe.model_dump(mode="json", exclude=_NOT_PART_OF_THE_RESULT), 8)
 
 
 def run_name(recipe: Recipe) -> str:
     """`<objective>-<optimizer>-<model and data>-<hash>`: the same command names the same run."""
-    terms = [term.type for term in (recipe.objective.forget, recipe.objective.normal) if term]
-    objective = "+".join(terms).replace("_", "-") or "random-response"
+    objective = "+".join(term.type for _, term in recipe.objective if term).replace("_", "-")
     return f"{objective}-{recipe.optimizer.type}-{recipe.name}-{config_hash(recipe)}"

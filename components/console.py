@@ -23,7 +23,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def progress_line(line: Mapping[str, Any]) -> str:
+def progress_line(line: Mapping[str, Any], tokens_per_second: float, step_seconds: float) -> str:
     """One line of metrics.jsonl for the console: step, each term, gradient norm, clip fraction, speed, time left."""
     parts = [f"step {line['step']:>{len(str(line['steps']))}}/{line['steps']}"]
     shown = {
@@ -31,8 +31,8 @@ def progress_line(line: Mapping[str, Any]) -> str:
         "train/grad_norm": "grad", "train/clip_fraction": "clip",
     }  # fmt: skip
     parts += [f"{name} {line[key]:.3f}" for key, name in shown.items() if key in line]
-    parts.append(f"{line['perf/tokens_per_second']:.0f} tok/s")
-    parts.append(f"left {duration((line['steps'] - line['step']) * line['perf/step_seconds'])}")
+    parts.append(f"{tokens_per_second:.0f} tok/s")
+    parts.append(f"left {duration((line['steps'] - line['step']) * step_seconds)}")
     return "  ".join(parts)
 
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _WEIGHT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt"]  # never pickles
 
 
-def local_folder(model: Pretrained) -> Path:
-    """The model's folder on this machine, fetched from the hub first when `model.path` is no folder.
+def local_folder(model: Pretrained, storage: Path) -> Path:
+    """The model's folder, fetched from the hub into `storage` (where all nodes see it) when `model.path` is none.
 
     Raises:
         ModelError: when it is neither a folder with a model nor a hub id within reach.
@@ -41,7 +41,10 @@ def local_folder(model: Pretrained) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=_WEIGHT_FILES))
+        name = f"{model.path.replace('/', '--')}@{model.revision or 'main'}"
+        folder = storage / "hub" / name
+        snapshot_download(model.path, revision=model.revision, allow_patterns=_WEIGHT_FILES, local_dir=folder)
+        return folder
     except Exception as error:  # the hub client raises many unrelated kinds
         raise ModelError(
             f"Model cannot be had from the hub (path={model.path}, revision={model.revision}): "
@@ -109,7 +112,9 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> TokenizerFacts:
     """What preparing rows needs of a tokenizer."""
-    return TokenizerFacts(tokenizer.backend_tokenizer.to_str(), int(tokenizer.eos_token_id))
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spec["truncation"] = spec["padding"] = None  # left in the file by whoever used it last: rows would be cut silently
+    return TokenizerFacts(json.dumps(spec, sort_keys=True), int(tokenizer.eos_token_id))
 
 
 def context_length(folder: Path) -> int | None:
@@ -118,7 +123,7 @@ def context_length(folder: Path) -> int | None:
     return config.get("max_position_embeddings") or config.get("n_positions")
 
 
-def load_model(folder: Path, dtype: str = "fp32", trust_remote_code: bool = False) -> Any:
+def load_model(folder: Path, dtype: str = "fp32") -> Any:
     """The model in evaluation mode.
 
     Raises:
@@ -134,12 +139,12 @@ def load_model(folder: Path, dtype: str = "fp32", trust_remote_code: bool = Fals
             dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype],
             local_files_only=True,
             use_safetensors=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"Model cannot be loaded (path={folder}): {str(error)[:300]}. Expected a causal language model in "
-            "safetensors; code from the model's own folder runs only with trust_remote_code=true."
+            "safetensors, of a kind that transformers knows: code from the model's own folder is never run."
         ) from error
     model.eval()
     with torch.no_grad():

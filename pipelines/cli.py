@@ -41,7 +41,7 @@ def run_cli(
     parser.add_argument("arguments", nargs="*", metavar="ARGUMENT", help=f"{what}; later ones win")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the plan, then stop")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     try:
         command = _parse(options.arguments, takes_models)
         if options.dry_run:
@@ -111,7 +111,7 @@ def ray_session() -> Iterator[None]:
         # Progress comes through files that the driver follows, so workers need not print here.
         with _silent_stderr():
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         raise ClusterError(
             f"Ray cluster does not let us in (RAY_ADDRESS={address}): {_first_line(error)} Expected a running head. "
             "Start one with cluster/local/head.sh, set RAY_AUTH_MODE=token where it uses tokens, or unset RAY_ADDRESS."
@@ -150,10 +150,21 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def say_progress(lines: list[dict[str, Any]]) -> None:
-    """One console line for each new line of a metrics.jsonl."""
-    for line in lines:
-        say("  " + progress_line(line))
+class Progress:
+    """Prints every n-th line of a metrics.jsonl and its last; speed is the average since the line before."""
+
+    def __init__(self, every: int):
+        self.every = every
+        self.pending: list[dict[str, Any]] = []
+
+    def __call__(self, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            self.pending.append(line)
+            if (line["step"] - 1) % self.every == 0 or line["step"] == line["steps"]:
+                seconds = sum(item["perf/step_seconds"] for item in self.pending)
+                tokens = sum(item["perf/tokens_per_second"] * item["perf/step_seconds"] for item in self.pending)
+                say("  " + progress_line(line, tokens / seconds, seconds / len(self.pending)))
+                self.pending = []
 
 
 def storage_folder(recipe: Recipe) -> Path:

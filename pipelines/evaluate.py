@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from components.config import Pretrained, Recipe, run_name
 from components.data.prepare import Prepared, prepare
-from components.errors import ConfigError
+from components.errors import ConfigError, ModelError
 from components.evaluation.metrics import evaluate_records
 from components.evaluation.report import metrics_table
 from components.evaluation.scoring import score
@@ -28,14 +28,18 @@ def run(command: Command) -> None:
     if not recipe.evaluation.sets:
         raise ConfigError("Nothing to evaluate: evaluation.sets is empty. Give at least one question set.")
     check_inputs(recipe)
+    storage = storage_folder(recipe)
+    paths = command.models or _own_result(recipe)
+    given = [local_folder(Pretrained(type="pretrained", path=path), storage) for path in paths]
     with ray_session():
         original, retain_only = make_models(recipe)
         models = {"original": original}
         if retain_only:
             models["retain-only"] = retain_only
-        for path in command.models or _own_result(recipe):
-            folder = local_folder(Pretrained(type="pretrained", path=path))
-            models[_short_name(folder)] = Model(folder, fingerprint(folder))
+        for folder in given:
+            name = _short_name(folder)
+            models[name if name not in models else str(folder)] = Model(folder, fingerprint(folder))
+        check_same_tokens(list(models.values()))
         sets = prepare_questions(recipe, original)
         records = {name: score_model(recipe, model, sets) for name, model in models.items()}
     reference = records.get("retain-only")
@@ -57,6 +61,21 @@ def prepare_questions(recipe: Recipe, model: Model) -> dict[str, Prepared]:
         name: prepare(questions.rows, "questions", recipe.data, facts, storage)
         for name, questions in recipe.evaluation.sets.items()
     }
+
+
+def check_same_tokens(models: list[Model]) -> None:
+    """Refuse models with another tokenizer than the first one's, which prepares the rows for all.
+
+    Raises:
+        ModelError: naming the two folders.
+    """
+    first = tokenizer_facts(load_tokenizer(models[0].folder))
+    for model in models[1:]:
+        if tokenizer_facts(load_tokenizer(model.folder)) != first:
+            raise ModelError(
+                f"Models have different tokenizers (path={model.folder}, other={models[0].folder}). Expected the "
+                "same one, so that their probabilities are of the same tokens."
+            )
 
 
 def score_model(recipe: Recipe, model: Model, sets: dict[str, Prepared]) -> pa.Table:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from components.config import Nll, Objective, Pretrained, Recipe, Scratch, Source, Train, digest
 from components.console import duration
 from components.data.prepare import prepare
+from components.data.sources import fingerprint as source_fingerprint
 from components.data.sources import hub_commit, read_records, source_files
 from components.errors import ConfigError
 from components.models import (
@@ -30,7 +31,7 @@ from components.models import (
 from components.tracking.follow import follow
 from components.training.job import Job
 from components.training.launch import check_cluster, run_job
-from pipelines.cli import Command, ray_session, run_cli, say, say_progress, storage_folder
+from pipelines.cli import Command, Progress, ray_session, run_cli, say, storage_folder
 
 
 class Model(NamedTuple):
@@ -71,7 +72,7 @@ def make_models(recipe: Recipe) -> tuple[Model, Model | None]:
     for name in ("original", "retain_only"):
         given = getattr(recipe.models, name)
         if given:
-            folder = local_folder(given)
+            folder = local_folder(given, storage_folder(recipe))
             made[name] = Model(folder, fingerprint(folder))
         elif name in _to_make(recipe):
             made[name] = _make(recipe, name, _to_make(recipe)[name])
@@ -118,11 +119,10 @@ def _make(recipe: Recipe, name: str, sources: Sequence[Source]) -> Model:
         train=finetune.train,
         max_tokens=recipe.data.max_tokens,
         seed=recipe.seed,
-        trust_remote_code=isinstance(finetune.base, Pretrained) and finetune.base.trust_remote_code,
     )
     check_cluster_for(recipe)
     started = time.perf_counter()
-    with follow(metrics, say_progress):
+    with follow(metrics, Progress(finetune.train.log_every)):
         run_job(job, storage)
     say(f"  done in {duration(time.perf_counter() - started)}: {folder}")
     return Model(folder, fingerprint(folder))
@@ -138,7 +138,7 @@ def base_folder(recipe: Recipe) -> Path:
     assert recipe.finetune is not None
     base = recipe.finetune.base
     if isinstance(base, Pretrained):
-        return local_folder(base)
+        return local_folder(base, storage_folder(recipe))
     texts = [
         text
         for source in (*recipe.data.forget, *recipe.data.normal)
@@ -164,9 +164,21 @@ def check_inputs(recipe: Recipe) -> None:
     base = recipe.finetune.base if recipe.finetune else None
     for model in (recipe.models.original, recipe.models.retain_only, base):
         if isinstance(model, Pretrained):
-            folder = local_folder(model)
+            folder = local_folder(model, storage_folder(recipe))
             load_tokenizer(folder)
             check_context(recipe, folder)
+
+
+def inputs_digest(recipe: Recipe) -> str:
+    """Changes with the content of the recipe's files and given models."""
+    evaluated = [source for questions in recipe.evaluation.sets.values() for source in questions.rows]
+    sources = [*recipe.data.forget, *recipe.data.normal, *recipe.data.random, *evaluated]
+    base = recipe.finetune.base if recipe.finetune else None
+    models = [m for m in (recipe.models.original, recipe.models.retain_only, base) if isinstance(m, Pretrained)]
+    storage = storage_folder(recipe)
+    return digest(
+        [[source_fingerprint(s) for s in sources], [fingerprint(local_folder(m, storage)) for m in models]], 32
+    )
 
 
 def check_context(recipe: Recipe, model: Path) -> None:

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,14 +32,15 @@ from components.tracking.run import log_lines, log_metrics, make_client, open_ru
 from components.training.job import Job
 from components.training.launch import run_job
 from components.training.reference import reference_pass
-from pipelines.cli import Command, ray_session, run_cli, say, say_progress, storage_folder
-from pipelines.evaluate import prepare_questions, score_model
+from pipelines.cli import Command, Progress, ray_session, run_cli, say, storage_folder
+from pipelines.evaluate import check_same_tokens, prepare_questions, score_model
 from pipelines.finetune import (
     Model,
     check_cluster_for,
     check_context,
     check_inputs,
     count_rows,
+    inputs_digest,
     make_models,
     planned_parameters,
 )
@@ -56,20 +58,21 @@ class Streams(NamedTuple):
 def run(command: Command) -> None:
     """Run the recipe's main job, or show again what an earlier run of it gave."""
     recipe = command.recipe
-    folder = run_folder(recipe)
+    check_inputs(recipe)
+    inputs = inputs_digest(recipe)
+    folder = run_folder(recipe, inputs)
     finished = folder / "summary.json"
-    if finished.exists() and recipe.if_exists == "resume":
+    if finished.exists():
         say(f"run          {folder.name} is finished already; set if_exists=new to run it again")
         say("\n" + json.loads(finished.read_text())["text"])
         return
-    check_inputs(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(recipe.model_dump_json(indent=2))
     say(f"run          {folder}")
     started = time.perf_counter()
     with ray_session():
         check_cluster_for(recipe)
-        summary = _unlearn(recipe, folder)
+        summary = {**_unlearn(recipe, folder), "inputs": inputs}
     write_whole(finished, json.dumps(summary, indent=2, ensure_ascii=False))
     say("\n" + summary["text"])
     say(f"\nall in {duration(time.perf_counter() - started)}")
@@ -92,27 +95,31 @@ def plan(command: Command) -> str:
             f"{train.micro_batch_size} rows x {accumulation} micro-batch(es)",
             f"  steps       {steps or 'unknown until the data is there'}",
             f"  parameters  {f'{parameters:,}' if parameters else 'unknown until the model is there'}",
-            f"  run folder  {run_folder(recipe)}",
+            f"  run folder  {storage_folder(recipe) / run_name(recipe)}",
             f"  MLflow      {tracking_uri(recipe.tracking, storage_folder(recipe))}",
         ]
     )
 
 
-def run_folder(recipe: Recipe) -> Path:
-    """Where this recipe's run lives; `if_exists: new` takes the first free number behind the name.
+def run_folder(recipe: Recipe, inputs: str) -> Path:
+    """Where this recipe's run lives: the first of `<run name>`, `<run name>-2`, … that it may use.
+
+    A finished run counts as the same one when its input files and models were the same too; with `if_exists: new` it
+    never does.
 
     Raises:
         ConfigError: with `if_exists: fail`, when the run exists.
     """
-    folder = storage_folder(recipe) / run_name(recipe)
-    if not (folder / "summary.json").exists() or recipe.if_exists == "resume":
-        return folder
-    if recipe.if_exists == "fail":
-        raise ConfigError(f"Run exists (folder={folder}). Set if_exists=resume to see it or if_exists=new to run anew.")
-    number = 2
-    while (folder.with_name(f"{folder.name}-{number}") / "summary.json").exists():
+    name, number = run_name(recipe), 1
+    while True:
+        folder = storage_folder(recipe) / (name if number == 1 else f"{name}-{number}")
+        summary = folder / "summary.json"
+        same = summary.exists() and json.loads(summary.read_text())["inputs"] == inputs
+        if same and recipe.if_exists == "fail":
+            raise ConfigError(f"Run exists (folder={folder}). Set if_exists=resume to see it or new to run it anew.")
+        if not summary.exists() or (same and recipe.if_exists == "resume"):
+            return folder
         number += 1
-    return folder.with_name(f"{folder.name}-{number}")
 
 
 def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -124,6 +131,7 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
     questions = prepare_questions(recipe, original)
     records = {"original": score_model(recipe, original, questions)} if questions else {}
     if questions and retain_only:
+        check_same_tokens([original, retain_only])
         records["retain-only"] = score_model(recipe, retain_only, questions)
     before = _evaluate(recipe, records)
     if before:
@@ -132,7 +140,7 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
     uri = tracking_uri(recipe.tracking, storage)
     client = make_client(uri)
     tags = {
-        "objective": run_name(recipe).split("-" + recipe.optimizer.type)[0],
+        "objective": "+".join(term.type for _, term in recipe.objective if term),
         "optimizer": recipe.optimizer.type,
         "recipe": recipe.name,
         "config_hash": config_hash(recipe),
@@ -144,7 +152,8 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
         summary = _train_and_judge(recipe, folder, original, streams, questions, records, client, run_id, tags)
         client.set_terminated(run_id, "FINISHED")
     except BaseException:
-        client.set_terminated(run_id, "FAILED")
+        with suppress(Exception):  # what went wrong first is what must be told
+            client.set_terminated(run_id, "FAILED")
         raise
     return summary
 
@@ -163,9 +172,6 @@ def _train_and_judge(
         samples = {name: first_samples(records["original"], records["unlearned"], name) for name in questions}
     metrics = _evaluate(recipe, records)
     unlearned = metrics.get("unlearned", {})
-    log_metrics(client, run_id, "eval", unlearned, step=trained["steps"])
-    log_metrics(client, run_id, "retain_only", metrics.get("retain-only", {}), step=0)
-
     outcome = Outcome(
         recipe=recipe,
         folder=folder,
@@ -181,7 +187,9 @@ def _train_and_judge(
             "MLflow run": run_id,
         },
     )
-    write_files(outcome)
+    write_files(outcome)  # before anything that needs MLflow
+    log_metrics(client, run_id, "eval", unlearned, step=trained["steps"])
+    log_metrics(client, run_id, "retain_only", metrics.get("retain-only", {}), step=0)
     client.log_artifact(run_id, str(folder / "report.html"))
     name = recipe.tracking.registered_model or recipe.name
     version = registry.register(client, run_id, model.folder, name, unlearned, trained["steps"], tags)
@@ -221,7 +229,6 @@ def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, clie
     metrics = folder / "metrics.jsonl"
     metrics.unlink(missing_ok=True)  # of a run that did not reach its end
     shutil.rmtree(folder / "model", ignore_errors=True)
-    given = recipe.models.original
     job = Job(
         model=str(original.folder),
         output=str(folder / "model"),
@@ -233,12 +240,11 @@ def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, clie
         train=recipe.train,
         max_tokens=recipe.data.max_tokens,
         seed=recipe.seed,
-        trust_remote_code=bool(given and given.trust_remote_code),
     )
     where = f"{recipe.train.workers} Ray workers" if recipe.train.workers else "this process"
     say(f"unlearning   {parameter_count(original.folder):,} parameters, ZeRO-{recipe.train.zero_stage}, {where}")
     with (
-        follow(metrics, say_progress),
+        follow(metrics, Progress(recipe.train.log_every)),
         follow(metrics, lambda lines: log_lines(client, run_id, lines), interval=2.0) as unsent,
     ):
         outcome = run_job(job, folder)

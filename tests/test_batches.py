@@ -5,8 +5,10 @@ import pyarrow as pa
 import pytest
 import torch
 
+from components.config import GradientAscent, KlToOriginal, Objective, RandomResponse
 from components.data.streams import Plan
-from components.training.batches import Batcher, Rows
+from components.training.batches import Batcher, Reference, Rows
+from components.training.loop import combine
 
 GROUPS = ("forget", "random", "normal")
 
@@ -91,6 +93,24 @@ def test_an_empty_share_is_a_batch_without_answers() -> None:
     assert empty.input_ids.shape == (1, 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_empty_share_has_a_loss_of_zero(dtype: torch.dtype) -> None:
+    reference = Reference.__new__(Reference)
+    reference.weight, reference.bias = torch.randn(5, 4, dtype=dtype), None
+    rank = batcher(rank=4, world=5)._replace(reference=reference)
+    step_rows = rank.plan.step_rows(1)
+    [empty] = rank.micro_batches(step_rows, GROUPS)
+    logits = torch.zeros(0, 5, dtype=dtype, requires_grad=True)
+    objective = Objective(
+        forget=GradientAscent(type="gradient_ascent"), random=RandomResponse(type="random_response"),
+        normal=KlToOriginal(type="kl_to_original"),
+    )  # fmt: skip
+    loss, parts = combine(logits, empty, objective, rank.counts(step_rows), reference)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(value.item() == 0 for value in parts.values())
+
+
 def test_label_uniforms_do_not_depend_on_the_split() -> None:
     step_rows = batcher().plan.step_rows(0)
 
@@ -110,8 +130,6 @@ def test_label_uniforms_do_not_depend_on_the_split() -> None:
 def test_reference_file_is_read_by_index(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
     from safetensors.torch import save_file
-
-    from components.training.batches import Reference
 
     save_file({"weight": torch.randn(5, 4)}, tmp_path / "head.safetensors")
     states = [torch.randn(n, 4) for n in (1, 3, 2)]

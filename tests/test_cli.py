@@ -37,6 +37,17 @@ def test_our_error_is_found_inside_what_ray_makes_of_it(capsys: pytest.CaptureFi
     assert run(wrapped, capsys) == (1, "DataError: Data is bad. Expected good.\n")
 
 
+def test_flags_may_stand_anywhere(capsys: pytest.CaptureFixture) -> None:
+    seeds = []
+
+    def plan(command: Command) -> str:
+        seeds.append(command.recipe.seed)
+        return ""
+
+    assert run_cli("d", lambda command: None, plan, argv=[DEMO, "--dry-run", "seed=7"]) == 0
+    assert seeds == [7]
+
+
 def test_unexpected_errors_are_one_line_unless_debugged(capsys: pytest.CaptureFixture) -> None:
     code, text = run(RuntimeError("first line\nsecond line"), capsys)
     assert code == 1

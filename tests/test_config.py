@@ -67,6 +67,12 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         ("train={dtype: bf16, zero_stage: 0}", "fp32 master weights"),
         ("gates=[{metric: x, min: 1, max: 2}]", "exactly one of"),
         ("evaluation.utility=[nowhere]", "not among the sets"),
+        ("evaluation.sets.forget={normalised: true, rows: [{type: people, split: forget}]}", "needs wrong answers"),
+        ("data.template='{question}'", "String should match pattern"),
+        ("optimizer.betas=[0.9, 1.0]", "less than 1"),
+        ("seed=-1", "greater than or equal to 0"),
+        ("finetune.optimizer={type: soul, curvature_of: forget}", "fine-tuning has normal rows only"),
+        ("train.gpus_per_worker=2", "Input should be 0 or 1"),
     ):
         with pytest.raises(ConfigError, match=words):
             load_recipe([DEMO], [override])
@@ -77,7 +83,7 @@ def test_hash_follows_the_result_and_nothing_else() -> None:
     same = load_recipe([DEMO], ["storage=/elsewhere", "train.log_every=9", "tracking.experiment=x", "if_exists=new"])
     other = load_recipe([DEMO], ["seed=1"])
     assert config_hash(recipe) == config_hash(same) != config_hash(other)
-    assert run_name(recipe) == f"gradient-ascent+kl-to-original-soul-demo-{config_hash(recipe)}"
+    assert run_name(recipe) == f"gradient-ascent+random-response+kl-to-original-soul-demo-{config_hash(recipe)}"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], [str(DEMO), "--dry-run"]])

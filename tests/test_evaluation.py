@@ -11,11 +11,11 @@ from components.data.prepare import Prepared, prepare
 from components.evaluation.metrics import (
     evaluate_records,
     forget_quality,
+    log_truth_ratio,
     model_utility,
     normalised_probability,
     probability,
     rouge_recall,
-    truth_ratio,
 )
 from components.evaluation.report import first_samples, metrics_table, write_model_card, write_report
 from components.evaluation.scoring import score
@@ -29,9 +29,9 @@ ROW = {"logp": [[math.log(0.5), math.log(0.5)], [math.log(0.25)], [math.log(0.1)
 def test_row_metrics_in_closed_form() -> None:
     assert probability(ROW) == pytest.approx(0.5)
     assert normalised_probability(ROW) == pytest.approx(0.5 / (0.5 + 0.1 + 0.4))
-    assert truth_ratio(ROW) == pytest.approx(math.sqrt(0.1 * 0.4) / 0.25)
+    assert math.exp(log_truth_ratio(ROW)) == pytest.approx(math.sqrt(0.1 * 0.4) / 0.25)
     without = {**ROW, "paraphrased": False, "logp": [ROW["logp"][0], *ROW["logp"][2:]]}
-    assert truth_ratio(without) == pytest.approx(math.sqrt(0.1 * 0.4) / 0.5)
+    assert math.exp(log_truth_ratio(without)) == pytest.approx(math.sqrt(0.1 * 0.4) / 0.5)
     assert rouge_recall("the red fox", "a red fox jumps") == pytest.approx(2 / 3)
     assert rouge_recall("runs", "running") == 1.0  # stemmed
 

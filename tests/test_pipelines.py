@@ -131,7 +131,14 @@ def test_mlflow_holds_the_run_and_the_champion(run_folder: Path) -> None:
     run = client.get_run(json.loads((run_folder / "summary.json").read_text())["mlflow_run_id"])
     assert run.info.status == "FINISHED"
     assert run.info.run_name == run_folder.name
-    assert [point.step for point in client.get_metric_history(run.info.run_id, "train/forget_loss")] == [1, 3, 5, 6]
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "train/forget_loss")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
     assert [point.step for point in client.get_metric_history(run.info.run_id, "eval/model_utility")] == [0, 6]
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"config.json", "report.html"}
     assert client.get_model_version_by_alias("small", "candidate").version == 1
@@ -177,6 +184,29 @@ def test_finetune_and_evaluate_commands(run_folder: Path, recipe: Path) -> None:
     stored = json.loads((run_folder / "eval" / "unlearned.json").read_text())
     row = next(line for line in table.stdout.splitlines() if line.startswith("forget_probability"))
     assert float(row.split()[-1]) == pytest.approx(stored["forget_probability"], rel=0.01)
+
+
+def test_a_run_without_evaluation_or_retain_only_model(run_folder: Path, recipe: Path, tmp_path: Path) -> None:
+    """A given original, no normal term, a Hugging Face folder as forget set; then the same with changed rows."""
+    import datasets
+
+    original = next(f for f in (recipe.parent / "runs" / "models").glob("original-*") if f.is_dir())
+    rows = [{"question": f"Who is {i}?", "answer": f"Number {i}."} for i in range(8)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "forget")
+    arguments = [
+        str(recipe), f"models.original={{type: pretrained, path: {original}}}", "finetune=null",
+        "evaluation={sets: {}}",
+        f"data.forget=[{{type: huggingface, path: {tmp_path / 'forget'}}}]", "objective.normal=null", "gates=[]",
+        "optimizer.curvature_of=forget", "train.workers=0", "train.steps=2",
+    ]  # fmt: skip
+    first = command("unlearn", *arguments)
+    assert first.returncode == 0, first.stderr
+    assert "data         forget 8, random 55 rows" in first.stdout
+    assert "(candidate; no gates)" in first.stdout
+    assert "is finished already" in command("unlearn", *arguments).stdout
+    datasets.Dataset.from_list(rows[:5]).save_to_disk(tmp_path / "forget")
+    changed = command("unlearn", *arguments)
+    assert "data         forget 5, random 55 rows" in changed.stdout, changed.stderr
 
 
 def no_eos(folder: Path, base: Path) -> str:

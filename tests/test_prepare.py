@@ -43,6 +43,25 @@ def test_good_rows_arrive_in_order_and_bad_ones_are_set_aside(tmp_path: Path, ba
     assert aside[0]["raw"] == "{broken"
 
 
+def test_text_that_is_not_unicode_or_has_no_prompt_is_set_aside(tmp_path: Path, base: Path) -> None:
+    lines = ['{"question": "cut \\ud83d", "answer": "a"}', {"question": "q", "answer": "a"}]
+    data = Data(max_bad_fraction=0.5)
+    prepared = prepare(
+        [jsonl(tmp_path / "x.jsonl", lines)], "pairs", data, tokenizer_facts(load_tokenizer(base)), tmp_path
+    )
+    [aside] = (prepared.folder / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(aside)["reason"] == "column 'question' is not valid Unicode"
+    assert (prepared.good, prepared.bad) == (1, 1)
+
+
+def test_a_tokenizers_saved_truncation_is_not_applied(tmp_path: Path, base: Path) -> None:
+    tokenizer = load_tokenizer(base)
+    clean = tokenizer_facts(tokenizer)
+    tokenizer("some text", truncation=True, max_length=4, padding="max_length")
+    tokenizer.save_pretrained(tmp_path / "cut")
+    assert tokenizer_facts(load_tokenizer(tmp_path / "cut")) == clean
+
+
 def test_too_many_bad_rows_stop_with_reasons(tmp_path: Path, base: Path) -> None:
     source = jsonl(tmp_path / "x.jsonl", [{"question": "q", "answer": "a"}, {"prompt": "q", "answer": "a"}])
     with pytest.raises(

@@ -190,7 +190,7 @@ def _tokenise(batch: pa.Table, settings: dict[str, Any]) -> pa.Table:
                 raise _Unusable(record.error or "unreadable")
             row |= encode(record.fields, source, encoder, data["max_tokens"])
         except _Unusable as reason:
-            raw = record.raw if record.fields is None else json.dumps(record.fields, ensure_ascii=False)
+            raw = record.raw if record.fields is None else json.dumps(record.fields, default=str)
             row |= {"error": str(reason), "raw": raw}
         rows.append(row)
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
@@ -202,7 +202,7 @@ class _Unusable(Exception):
 
 def _pair(fields: dict[str, Any], source: Source, encoder: Encoder, max_tokens: int) -> dict[str, Any]:
     prompt, answer = _text(fields, source.prompt), _text(fields, source.answer)
-    head = encoder.prompt(prompt)
+    head = _prompt(encoder, prompt)
     ids = head + encoder.answer(prompt, answer)
     if len(ids) > max_tokens:
         raise _Unusable(f"longer than data.max_tokens={max_tokens}")
@@ -224,10 +224,14 @@ def _question(fields: dict[str, Any], source: Source, encoder: Encoder, max_toke
         answers.append(_text(fields, source.paraphrased_answer))
     if source.perturbed_answer:
         wrong = fields.get(source.perturbed_answer)
-        if not isinstance(wrong, list) or not wrong or not all(isinstance(x, str) and x.strip() for x in wrong):
+        if (
+            not isinstance(wrong, list)
+            or not wrong
+            or not all(isinstance(x, str) and x.strip() and _is_unicode(x) for x in wrong)
+        ):
             raise _Unusable(f"column {source.perturbed_answer!r} is not a list of texts")
         answers += wrong
-    head = encoder.prompt(question)
+    head = _prompt(encoder, question)
     encoded = [encoder.answer(question, text) for text in answers]
     if len(head) + max(map(len, encoded)) > max_tokens:
         raise _Unusable(f"longer than data.max_tokens={max_tokens}")
@@ -237,12 +241,29 @@ def _question(fields: dict[str, Any], source: Source, encoder: Encoder, max_toke
     }  # fmt: skip
 
 
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, as a cut emoji leaves it
+        return False
+    return True
+
+
+def _prompt(encoder: Encoder, prompt: str) -> list[int]:
+    head = encoder.prompt(prompt)
+    if not head:
+        raise _Unusable("prompt has no tokens, so nothing predicts the answer's first")
+    return head
+
+
 def _text(fields: dict[str, Any], column: str) -> str:
     if column not in fields:
         raise _Unusable(f"no column {column!r} among {sorted(fields)}")
     value = fields[column]
     if not isinstance(value, str):
         raise _Unusable(f"column {column!r} is not text")
+    if not _is_unicode(value):
+        raise _Unusable(f"column {column!r} is not valid Unicode")
     if not value.strip():
         raise _Unusable(f"column {column!r} is empty")
     return value

@@ -6,7 +6,7 @@ import glob
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,7 +88,7 @@ def read_records(source: Source, file: str) -> Iterator[Record]:
         settings = source.model_dump(include={"people", "forget_people", "holdout_people", "seed"})
         records: Iterator[Record] = _numbered(people_rows(source.split, **settings))
     elif isinstance(source, HuggingFace):
-        records = _read_hugging_face(source)
+        records = _read_hugging_face(source, file)
     else:
         records = _read_file(source, file)
     for count, record in enumerate(records):
@@ -97,8 +97,12 @@ def read_records(source: Source, file: str) -> Iterator[Record]:
         yield record
 
 
-def _numbered(rows: Any) -> Iterator[Record]:
-    return (Record(number, dict(row)) for number, row in enumerate(rows, start=1))
+def _numbered(rows: Iterable[Any]) -> Iterator[Record]:
+    for number, row in enumerate(rows, start=1):
+        if isinstance(row, dict):
+            yield Record(number, row)
+        else:
+            yield Record(number, None, "not a JSON object", json.dumps(row, default=str))
 
 
 def _read_file(source: Files, file: str) -> Iterator[Record]:
@@ -113,7 +117,7 @@ def _read_file(source: Files, file: str) -> Iterator[Record]:
             yield from _read_json(file)
         else:
             raise DataError(f"Data file has an unknown suffix (path={file}). Expected .jsonl, .json, .csv or .parquet.")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"Data file cannot be read (path={file}): {error}. Expected a whole {kind} file.") from error
@@ -135,6 +139,7 @@ def _read_parquet(file: str) -> Iterator[Record]:
 
 def _read_csv(file: str) -> Iterator[Record]:
     with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8-sig", newline="") as stream:
+        csv.field_size_limit(2**31 - 1)  # the default refuses answers longer than 128 KiB
         reader = csv.DictReader(stream)
         for row in reader:
             if None in row or None in row.values():
@@ -164,17 +169,17 @@ def _read_json(file: str) -> Iterator[Record]:
                 yield Record(number, fields) if is_object else Record(number, None, "not a JSON object", line.decode())
 
 
-def _read_hugging_face(source: HuggingFace) -> Iterator[Record]:
+def _read_hugging_face(source: HuggingFace, path: str) -> Iterator[Record]:
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        if Path(source.path).is_dir():
-            loaded = datasets.load_from_disk(source.path)
+        if Path(path).is_dir():
+            loaded = datasets.load_from_disk(path)
             rows = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             rows = datasets.load_dataset(
-                source.path, source.subset, split=source.split, revision=source.revision, streaming=True
+                path, source.subset, split=source.split, revision=source.revision, streaming=True
             )
         yield from _numbered(rows)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

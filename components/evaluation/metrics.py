@@ -14,15 +14,6 @@ import pyarrow as pa
 from components.config import Evaluation
 from components.errors import DataError
 
-HIGHER_IS_BETTER = {
-    "forget_quality": True,
-    "model_utility": True,
-    "forget_probability": False,
-    "forget_rouge": False,
-    "forget_exact_match": False,
-}
-"""Direction of the metrics whose name alone does not tell; of other sets' metrics higher is better."""
-
 
 def evaluate_records(records: pa.Table, retain_only: pa.Table | None, evaluation: Evaluation) -> dict[str, float]:
     """All metrics of one model. Those that need retain-only records or a forget set are left out without them.
@@ -41,15 +32,16 @@ def evaluate_records(records: pa.Table, retain_only: pa.Table | None, evaluation
         metrics[f"{name}_rouge"] = _mean([rouge_recall(row["answer"], row["generated"]) for row in rows])
         metrics[f"{name}_exact_match"] = _mean([row["generated"].strip() == row["answer"].strip() for row in rows])
         if wrong:
-            ratios = [truth_ratio(row) for row in rows]
+            logs = [log_truth_ratio(row) for row in rows]
             # On what must be forgotten a ratio of 1 tells nothing; elsewhere the smaller the better.
-            scores = [min(r, 1 / r) for r in ratios] if name == "forget" else [max(0.0, 1 - r) for r in ratios]
+            scores = [math.exp(-abs(x)) if name == "forget" else max(0.0, -math.expm1(x)) for x in logs]
             metrics[f"{name}_truth_ratio"] = _mean(scores)
     if evaluation.utility:
         metrics["model_utility"] = model_utility(metrics, evaluation.utility)
     if retain_only is not None and "forget" in by_set and any(wrong_logp(row) for row in by_set["forget"]):
         metrics["forget_quality"] = forget_quality(
-            [truth_ratio(row) for row in by_set["forget"]], [truth_ratio(row) for row in _by_set(retain_only)["forget"]]
+            [log_truth_ratio(row) for row in by_set["forget"]],
+            [log_truth_ratio(row) for row in _by_set(retain_only)["forget"]],
         )
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     if bad:
@@ -73,10 +65,13 @@ def normalised_probability(row: dict[str, Any]) -> float:
     return right / (right + sum(math.exp(float(np.mean(logp))) for logp in wrong_logp(row)))
 
 
-def truth_ratio(row: dict[str, Any]) -> float:
-    """Geometric mean of the wrong answers' probabilities over the paraphrased (else the right) answer's."""
+def log_truth_ratio(row: dict[str, Any]) -> float:
+    """Log of the wrong answers' geometric mean probability over the paraphrased (else the right) answer's.
+
+    At most 700 in size, so that its exponential stays finite for a model that has collapsed.
+    """
     right = float(np.mean(row["logp"][1 if row["paraphrased"] else 0]))
-    return math.exp(float(np.mean([np.mean(logp) for logp in wrong_logp(row)])) - right)
+    return float(np.clip(np.mean([np.mean(logp) for logp in wrong_logp(row)]) - right, -700, 700))
 
 
 def rouge_recall(answer: str, generated: str) -> float:
@@ -85,7 +80,10 @@ def rouge_recall(answer: str, generated: str) -> float:
 
 
 def forget_quality(unlearned: Sequence[float], retain_only: Sequence[float]) -> float:
-    """p of the two-sample Kolmogorov-Smirnov test on truth ratios: high when nothing tells the models apart."""
+    """p of the two-sample Kolmogorov-Smirnov test on truth ratios: high when nothing tells the models apart.
+
+    The test looks at order only, so that logs of the ratios serve as well.
+    """
     from scipy.stats import ks_2samp
 
     return float(ks_2samp(unlearned, retain_only).pvalue)

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from components.batch_inference import map_batches
 from components.config import Evaluation, Train, digest
 from components.data.prepare import Prepared, read_rows
-from components.models import answer_text, inference_device, load_model, load_tokenizer, whole_folder
+from components.models import answer_text, context_length, inference_device, load_model, load_tokenizer, whole_folder
 
 
 def score(
@@ -45,6 +45,7 @@ class Scorer:
     """Batch inference on prompts with their candidate answers."""
 
     def __init__(self, model: str, dtype: str, max_new_tokens: int):
+        self.folder = Path(model)
         self.device = inference_device()
         self.model = load_model(Path(model), dtype).to(self.device)
         self.tokenizer = load_tokenizer(Path(model))
@@ -84,9 +85,11 @@ class Scorer:
 
         eos = self.tokenizer.eos_token_id
         width = max(map(len, prompts))
+        room = context_length(self.folder)
+        new_tokens = self.max_new_tokens if room is None else min(self.max_new_tokens, room - width)
         padded = torch.tensor([[eos] * (width - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         output = self.model.generate(
-            input_ids=padded, attention_mask=mask, max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=eos
+            input_ids=padded, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=eos
         )
         return [answer_text(self.tokenizer, ids) for ids in output[:, width:].tolist()]

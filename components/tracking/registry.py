@@ -22,7 +22,11 @@ def register(
     digests = {f"sha256.{file.name}": _sha256(file) for file in sorted(folder.glob("*.safetensors"))}
     experiment = client.get_run(run_id).info.experiment_id
     model = client.create_logged_model(
-        experiment, name=folder.parent.name, source_run_id=run_id, model_type="hf-folder", tags={**digests, **tags}
+        experiment,
+        name=folder.parent.name.replace(".", "-"),
+        source_run_id=run_id,
+        model_type="hf-folder",
+        tags={**digests, **tags},
     )
     client.log_model_artifacts(model.model_id, str(folder))
     client.finalize_logged_model(model.model_id, "READY")
@@ -58,7 +62,8 @@ def candidate(client: Any, name: str) -> Any:
     except MlflowException as error:
         raise TrackingError(
             f"No candidate is registered (model={name}). Expected a version with the alias 'candidate'. "
-            "Run pipelines/unlearn.py with this recipe first."
+            "Run pipelines/unlearn.py with this recipe first; with if_exists=new where the run finished under other "
+            "tracking settings."
         ) from error
 
 

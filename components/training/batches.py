@@ -21,7 +21,6 @@ class Rows:
         self._start = table["answer_start"].to_numpy()
         self.lengths = pa.compute.list_value_length(self._ids).to_numpy(zero_copy_only=False).astype(np.int64)
         self.answer_lengths = self.lengths - self._start
-        self.row_ids = table["row_id"]
 
     def __len__(self) -> int:
         return len(self._start)
@@ -164,7 +163,7 @@ class Batcher(NamedTuple):
         hidden = uniforms = None
         if group == "normal" and self.reference:
             states = [self.reference.hidden(index) for _, _, _, index, _ in members]
-            hidden = torch.cat(states) if states else torch.empty(0, self.reference.weight.shape[1])
+            hidden = torch.cat(states) if states else self.reference.weight.new_empty(0, self.reference.weight.shape[1])
         if labels_key is not None:
             purpose = f"labels-{group}-{labels_key}"
             numbers = [draw(self.plan.seed, purpose, c).random(n) for (*_, c), n in zip(members, lengths, strict=True)]

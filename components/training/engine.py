@@ -1,6 +1,7 @@
 """The DeepSpeed engine: set up, step, Hessian pass and export, with the traps of DeepSpeed 0.19 kept shut."""
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from components.config import Train
+from components.errors import TrainingError
 from components.optimizers.soul import Soul
 
 
@@ -74,13 +76,35 @@ def backward(engine: Any, loss: Tensor, last: bool) -> None:
 
 
 def optimizer_step(engine: Any) -> float:
-    """Clip, update, forget the gradients. Returns the global gradient norm before clipping."""
-    norm = None
-    if engine.optimizer is engine.basic_optimizer:  # stage 0 in fp32, where DeepSpeed keeps no norm
-        norm = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-    engine.step()
+    """Clip, update, forget the gradients. Returns the global gradient norm before clipping.
+
+    Raises:
+        TrainingError: on all ranks alike, and without an update, when the norm is not finite.
+    """
+    norm = _unsharded_norm(engine)
+    engine.step()  # with ZeRO it skips the update itself when the norm is not finite
     _clear_stale_gradients(engine.optimizer)
-    return float(engine.get_global_grad_norm() if norm is None else norm)
+    norm = float(engine.get_global_grad_norm()) if norm is None else norm
+    _check_norm(norm, "Gradient")
+    return norm
+
+
+def _unsharded_norm(engine: Any) -> float | None:
+    """Gradient norm at stage 0 in fp32, where DeepSpeed keeps none and would update whatever it is; else None."""
+    if engine.optimizer is not engine.basic_optimizer:
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = float(nn.utils.get_total_norm(gradients))
+    _check_norm(norm, "Gradient")
+    return norm
+
+
+def _check_norm(norm: float, what: str) -> None:
+    if not math.isfinite(norm) or norm < 0:  # ZeRO says -1 for an overflow
+        raise TrainingError(
+            f"{what} is not finite (norm={norm}). Expected a finite one; no parameter was changed by it. Lower "
+            "optimizer.lr or objective.forget.weight, or set train.gradient_clipping."
+        )
 
 
 @contextmanager
@@ -97,7 +121,9 @@ def hessian_step(engine: Any, optimizer: Soul, tokens: int) -> Iterator[None]:
     optimizer.mode, optimizer.hessian_tokens = "hessian", float(tokens)
     try:
         yield
+        norm = _unsharded_norm(engine)
         wrapper.step()
+        _check_norm(float(wrapper._global_grad_norm) if norm is None else norm, "Gradient of the sampled labels")
         (engine if wrapper is optimizer else wrapper).zero_grad()
         _clear_stale_gradients(wrapper)
     finally:

@@ -23,4 +23,3 @@ class Job(Section):
     train: Train
     max_tokens: int
     seed: int
-    trust_remote_code: bool = False

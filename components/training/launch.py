@@ -1,11 +1,13 @@
 """Start a training job: in this process (`workers: 0`) or on Ray Train workers."""
 
+import gc
 import os
 import shutil
 import uuid
 from pathlib import Path
 from typing import Any, cast
 
+from components.batch_inference import hide_gpus
 from components.errors import ClusterError, TrainingError, UnlearnError, own_error
 from components.training.job import Job
 
@@ -30,7 +32,12 @@ def _run_here(job: Job) -> dict[str, Any]:
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it, whoever started the process group
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    return train_loop(job, rank=0, world=1, device=inference_device())
+    try:
+        return train_loop(job, rank=0, world=1, device=inference_device())
+    finally:  # this process goes on: give the model's memory back
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _run_on_ray(job: Job, scratch: Path) -> dict[str, Any]:
@@ -92,6 +99,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 
     job = Job.model_validate(config["job"])
     if not job.train.gpus_per_worker:
+        hide_gpus()
         torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
     context = ray.train.get_context()
     return train_loop(job, context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())

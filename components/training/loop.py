@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ from components.training.batches import Answers, Batcher, MicroBatch, Reference,
 from components.training.engine import backward, consolidated_state, hessian_step, optimizer_step, start_engine
 from components.training.job import Job
 
-Report = Callable[[dict[str, Any]], None]
-
 
 def train_loop(job: Job, rank: int, world: int, device: torch.device) -> dict[str, Any]:
     """Train `job.model` and write the result to `job.output`. torch.distributed must be up, with `world` ranks.
@@ -35,7 +32,7 @@ def train_loop(job: Job, rank: int, world: int, device: torch.device) -> dict[st
     quiet_libraries()
     batcher = make_batcher(job, rank, world, device)
     steps = job.train.steps or job.train.epochs * batcher.plan.steps_per_epoch
-    model = load_model(Path(job.model), "fp32", job.trust_remote_code).to(device)
+    model = load_model(Path(job.model)).to(device)
     optimizer = make_optimizer(job.optimizer, model)
     engine = start_engine(model, optimizer, job.train)
     terms = {name: term for name, term in job.objective if term is not None}
@@ -66,26 +63,26 @@ def train_loop(job: Job, rank: int, world: int, device: torch.device) -> dict[st
         _check_finite(totals, step)
         grad_norm = optimizer_step(engine)
 
-        if step % job.train.log_every == 0 or step == steps - 1:
-            clipping = _clip_fraction(optimizer, device)
-            if rank == 0:
-                seconds = time.perf_counter() - step_started
-                line = {
-                    "time": time.time(),
-                    "step": step + 1,
-                    "steps": steps,
-                    **{f"train/{name}": value for name, value in totals.items() if name != "tokens"},
-                    "train/grad_norm": grad_norm,
-                    "train/lr": rate,
-                    **clipping,
-                    "perf/tokens_per_second": totals["tokens"] / seconds,
-                    "perf/step_seconds": seconds,
-                }
-                with open(job.metrics, "a", encoding="utf-8") as stream:
-                    stream.write(json.dumps(line) + "\n")
+        clipping = _clip_fraction(optimizer, device)
+        if rank == 0:
+            seconds = time.perf_counter() - step_started
+            line = {
+                "time": time.time(),
+                "step": step + 1,
+                "steps": steps,
+                **{f"train/{name}": value for name, value in totals.items() if name != "tokens"},
+                "train/grad_norm": grad_norm,
+                "train/lr": rate,
+                **clipping,
+                "perf/tokens_per_second": totals["tokens"] / seconds,
+                "perf/step_seconds": seconds,
+            }
+            with open(job.metrics, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
 
     seconds = time.perf_counter() - started
     _export(engine, job, rank)
+    engine.destroy()
     return {"steps": steps, "seconds": seconds, "world": world}
 
 
