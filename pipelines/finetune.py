@@ -156,29 +156,31 @@ def check_inputs(recipe: Recipe) -> None:
     Raises:
         ConfigError, DataError, ModelError: naming the first thing that is wrong.
     """
-    evaluated = [source for questions in recipe.evaluation.sets.values() for source in questions.rows]
-    for source in (*recipe.data.forget, *recipe.data.normal, *recipe.data.random, *evaluated):
+    for source in _sources(recipe):
         source_files(source)
         if source.type == "huggingface" and not Path(source.path).is_dir():
             hub_commit(source.path, source.revision)
-    base = recipe.finetune.base if recipe.finetune else None
-    for model in (recipe.models.original, recipe.models.retain_only, base):
-        if isinstance(model, Pretrained):
-            folder = local_folder(model, storage_folder(recipe))
-            load_tokenizer(folder)
-            check_context(recipe, folder)
+    for model in _given_models(recipe):
+        folder = local_folder(model, storage_folder(recipe))
+        load_tokenizer(folder)
+        check_context(recipe, folder)
 
 
 def inputs_digest(recipe: Recipe) -> str:
     """Changes with the content of the recipe's files and given models."""
-    evaluated = [source for questions in recipe.evaluation.sets.values() for source in questions.rows]
-    sources = [*recipe.data.forget, *recipe.data.normal, *recipe.data.random, *evaluated]
-    base = recipe.finetune.base if recipe.finetune else None
-    models = [m for m in (recipe.models.original, recipe.models.retain_only, base) if isinstance(m, Pretrained)]
     storage = storage_folder(recipe)
-    return digest(
-        [[source_fingerprint(s) for s in sources], [fingerprint(local_folder(m, storage)) for m in models]], 32
-    )
+    models = [fingerprint(local_folder(model, storage)) for model in _given_models(recipe)]
+    return digest([[source_fingerprint(source) for source in _sources(recipe)], models], 32)
+
+
+def _sources(recipe: Recipe) -> list[Source]:
+    evaluated = [source for questions in recipe.evaluation.sets.values() for source in questions.rows]
+    return [*recipe.data.forget, *recipe.data.normal, *recipe.data.random, *evaluated]
+
+
+def _given_models(recipe: Recipe) -> list[Pretrained]:
+    base = recipe.finetune.base if recipe.finetune else None
+    return [m for m in (recipe.models.original, recipe.models.retain_only, base) if isinstance(m, Pretrained)]
 
 
 def check_context(recipe: Recipe, model: Path) -> None:
