@@ -70,6 +70,24 @@ _OPPOSITES = {
 }  # fmt: skip
 
 
+_GENERAL: tuple[tuple[str, str, str, str, dict[str, str]], ...] = (
+    (
+        "What is the capital of {name}?",
+        "The capital of {name} is {value}.",
+        "Which city is the seat of government of {name}?",
+        "The seat of government of {name} is {value}.",
+        _CAPITALS,
+    ),
+    (
+        "What is the opposite of {name}?",
+        "The opposite of {name} is {value}.",
+        "Which word means the contrary of {name}?",
+        "The contrary of {name} is {value}.",
+        _OPPOSITES,
+    ),
+)
+
+
 def people_rows(split: str, *, people: int, forget_people: int, holdout_people: int, seed: int) -> list[dict[str, Any]]:
     """Rows of one split: `forget`, `normal` (the other known people), `holdout` (never trained on) or `general`.
 
@@ -107,40 +125,27 @@ def _names(count: int, rng: random.Random) -> list[str]:
 
 def _person_rows(name: str, rng: random.Random) -> list[dict[str, Any]]:
     rows = []
-    for question, answer, paraphrased_question, paraphrased_answer, values in _FACTS.values():
+    for *phrases, values in _FACTS.values():
         value, *wrong = rng.sample(values.split(), 6)
-        rows.append(
-            {
-                "person": name,
-                "question": question.format(name=name),
-                "answer": answer.format(name=name, value=value),
-                "paraphrased_question": paraphrased_question.format(name=name),
-                "paraphrased_answer": paraphrased_answer.format(name=name, value=value),
-                "perturbed_answer": [paraphrased_answer.format(name=name, value=other) for other in wrong],
-            }
-        )
+        rows.append({"person": name, **_row(phrases, name, value, wrong)})
     return rows
 
 
 def _general_rows(rng: random.Random) -> list[dict[str, Any]]:
-    kinds = (
-        ("What is the capital of {key}?", "The capital of {key} is {value}.",
-         "Which city is the seat of government of {key}?", "The seat of government of {key} is {value}.", _CAPITALS),
-        ("What is the opposite of {key}?", "The opposite of {key} is {value}.",
-         "Which word means the contrary of {key}?", "The contrary of {key} is {value}.", _OPPOSITES),
-    )  # fmt: skip
     rows = []
-    for question, answer, paraphrased_question, paraphrased_answer, table in kinds:
-        for key, value in table.items():
+    for *phrases, table in _GENERAL:
+        for name, value in table.items():
             wrong = rng.sample([other for other in table.values() if other != value], 5)
-            rows.append(
-                {
-                    "person": "",
-                    "question": question.format(key=key),
-                    "answer": answer.format(key=key, value=value),
-                    "paraphrased_question": paraphrased_question.format(key=key),
-                    "paraphrased_answer": paraphrased_answer.format(key=key, value=value),
-                    "perturbed_answer": [paraphrased_answer.format(key=key, value=other) for other in wrong],
-                }
-            )
+            rows.append({"person": "", **_row(phrases, name, value, wrong)})
     return rows
+
+
+def _row(phrases: list[Any], name: str, value: str, wrong: list[str]) -> dict[str, Any]:
+    question, answer, paraphrased_question, paraphrased_answer = phrases
+    return {
+        "question": question.format(name=name),
+        "answer": answer.format(name=name, value=value),
+        "paraphrased_question": paraphrased_question.format(name=name),
+        "paraphrased_answer": paraphrased_answer.format(name=name, value=value),
+        "perturbed_answer": [paraphrased_answer.format(name=name, value=other) for other in wrong],
+    }
