@@ -99,3 +99,13 @@ def test_help_and_dry_run_load_no_framework(pipeline: str, arguments: list[str])
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readmes_commands_are_accepted() -> None:
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = [line.split("#")[0].split() for line in text.splitlines() if line.startswith("python pipelines/")]
+    assert len(commands) >= 8
+    for _, pipeline, *arguments in commands:
+        assert (ROOT / pipeline).exists()
+        recipes = [str(ROOT / argument) for argument in arguments if argument.endswith(".yaml")]
+        assert load_recipe(recipes, [argument for argument in arguments if "=" in argument])
