@@ -384,6 +384,11 @@ def config_hash(recipe: Recipe) -> str:
     return digest(recipe.model_dump(mode="json", exclude=_NOT_PART_OF_THE_RESULT), 8)
 
 
+def registered_name(recipe: Recipe) -> str:
+    """The model's name in the registry."""
+    return recipe.tracking.registered_model or recipe.name
+
+
 def run_name(recipe: Recipe) -> str:
     """`<objective>-<optimizer>-<model and data>-<hash>`: the same command names the same run."""
     objective = "+".join(term.type for _, term in recipe.objective if term).replace("_", "-")

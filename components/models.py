@@ -2,18 +2,15 @@
 
 import hashlib
 import json
-import os
-import shutil
 import struct
-import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.config import Pretrained, Scratch, digest
 from components.data.prepare import TokenizerFacts
 from components.errors import ModelError
+from components.files import whole_folder
 
 if TYPE_CHECKING:
     import torch
@@ -221,20 +218,6 @@ def save_model(
     """Write a plain Hugging Face folder; `state` takes the place of the model's own (possibly sharded) tensors."""
     model.save_pretrained(folder, state_dict=None if state is None else dict(state))
     tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well, so that nobody meets half of one."""
-    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if folder.exists():  # made by someone else meanwhile, from the same inputs
-            return
-        os.rename(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _inner_size(scratch: Scratch) -> int:

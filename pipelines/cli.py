@@ -84,6 +84,21 @@ def _first_line(error: Exception) -> str:
     return lines[0][:300] if lines else ""
 
 
+_SETTINGS = {
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_DATA_LOG_LEVEL": "CRITICAL",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "300",  # a stall is an error, not 30 silent minutes
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "HF_HUB_DOWNLOAD_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+"""Read by the libraries when they are imported; what the user has set stays."""
+
+
 @contextmanager
 def ray_session() -> Iterator[None]:
     """Connect to the cluster that RAY_ADDRESS names (set inside a Ray job), else start Ray on this machine.
@@ -91,18 +106,8 @@ def ray_session() -> Iterator[None]:
     Raises:
         ClusterError: when the cluster at RAY_ADDRESS does not let us in.
     """
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault(
-        "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S", "300"
-    )  # a stall is an error, not 30 silent minutes
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     import ray
 
     address = os.environ.get("RAY_ADDRESS")

@@ -61,7 +61,7 @@ def plan(command: Command) -> str:
     lines = [f"\nPlan: models under {storage_folder(recipe) / 'models'}"]
     for name, sources in _to_make(recipe).items():
         rows, batch = count_rows(sources), recipe.finetune.train.batch_size
-        steps = recipe.finetune.train.steps or (recipe.finetune.train.epochs * -(-rows // batch) if rows else None)
+        steps = planned_steps(recipe.finetune.train, rows)
         lines.append(f"  {name}: {rows or 'unknown'} rows, batch {batch}, {steps or 'unknown'} steps")
     return "\n".join(lines)
 
@@ -205,6 +205,11 @@ def count_rows(sources: Sequence[Source]) -> int | None:
     if any(source.type == "huggingface" for source in sources):
         return None
     return sum(1 for source in sources for file in source_files(source) for _ in read_records(source, file))
+
+
+def planned_steps(train: Train, rows: int | None) -> int | None:
+    """Optimizer steps over `rows` rows of the pacing set; None where their number is not known yet."""
+    return train.steps or (train.epochs * -(-rows // train.batch_size) if rows else None)
 
 
 def planned_parameters(recipe: Recipe) -> int | None:

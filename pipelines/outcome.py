@@ -1,12 +1,12 @@
 """What a finished run leaves for people: metrics, report and model card in its folder, and a summary to read."""
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 from components.config import Recipe
 from components.evaluation.report import Sample, metrics_table, write_model_card, write_report
+from components.files import write_whole
 from components.tracking.gates import GateResult, gate_cells, gate_table
 from components.tracking.run import tracking_uri
 from pipelines.cli import storage_folder
@@ -66,10 +66,3 @@ def summary_text(outcome: Outcome, version: str) -> str:
     }
     blocks.append("\n".join(f"{key:<11} {value}" for key, value in places.items()))
     return "\n\n".join(blocks)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write under a temporary name, then rename."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from components.config import Recipe
+from components.config import registered_name
 from components.errors import ConfigError, TrackingError
 from components.tracking import registry
 from components.tracking.gates import gate_table, judge
@@ -23,7 +23,7 @@ def run(command: Command) -> None:
     recipe = command.recipe
     if not recipe.gates:
         raise ConfigError("Nothing to judge by: gates is empty. Give at least one gate.")
-    name = _model_name(recipe)
+    name = registered_name(recipe)
     client = make_client(tracking_uri(recipe.tracking, storage_folder(recipe)))
     version = registry.candidate(client, name)
     folder = Path(client.get_run(version.run_id).data.tags["run_folder"])
@@ -42,11 +42,7 @@ def run(command: Command) -> None:
 def plan(command: Command) -> str:
     """Which gates would be judged, for --dry-run."""
     gates = ", ".join(gate.metric for gate in command.recipe.gates) or "none"
-    return f"\nPlan: judge candidate of {_model_name(command.recipe)} by gates: {gates}"
-
-
-def _model_name(recipe: Recipe) -> str:
-    return recipe.tracking.registered_model or recipe.name
+    return f"\nPlan: judge candidate of {registered_name(command.recipe)} by gates: {gates}"
 
 
 def _metrics(file: Path) -> dict[str, float]:

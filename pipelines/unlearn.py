@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from components.config import KlToOriginal, Recipe, config_hash, run_name
+from components.config import KlToOriginal, Recipe, config_hash, registered_name, run_name
 from components.console import duration
 from components.data.prepare import Prepared, prepare
 from components.errors import ConfigError
 from components.evaluation.metrics import evaluate_records
 from components.evaluation.report import Sample, first_samples
+from components.files import write_whole
 from components.models import fingerprint, load_tokenizer, parameter_count, tokenizer_facts
 from components.tracking import registry
 from components.tracking.follow import follow
@@ -43,8 +44,9 @@ from pipelines.finetune import (
     inputs_digest,
     make_models,
     planned_parameters,
+    planned_steps,
 )
-from pipelines.outcome import Outcome, summary_text, write_files, write_whole
+from pipelines.outcome import Outcome, summary_text, write_files
 
 
 class Streams(NamedTuple):
@@ -82,7 +84,7 @@ def plan(command: Command) -> str:
     """Effective batch, steps, parameters and run folder, for --dry-run."""
     recipe, train = command.recipe, command.recipe.train
     rows = {name: count_rows(getattr(recipe.data, name)) for name in ("forget", "normal", "random")}
-    steps = train.steps or (rows["forget"] and train.epochs * -(-rows["forget"] // train.batch_size))
+    steps = planned_steps(train, rows["forget"])
     ranks = max(1, train.workers)
     accumulation = -(-train.batch_size // (ranks * train.micro_batch_size))
     parameters = planned_parameters(recipe)
@@ -133,7 +135,8 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
     if questions and retain_only:
         check_same_tokens([original, retain_only])
         records["retain-only"] = score_model(recipe, retain_only, questions)
-    before = _evaluate(recipe, records)
+    reference = records.get("retain-only")
+    before = {name: evaluate_records(table, reference, recipe.evaluation) for name, table in records.items()}
     if before:
         say("baseline     " + ", ".join(_headline(name, metrics) for name, metrics in before.items()))
 
@@ -149,7 +152,7 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
     }
     run_id = open_run(client, recipe, folder.name, folder, tags)
     try:
-        summary = _train_and_judge(recipe, folder, original, streams, questions, records, client, run_id, tags)
+        summary = _train_and_judge(recipe, folder, original, streams, questions, records, before, client, run_id, tags)
         client.set_terminated(run_id, "FINISHED")
     except BaseException:
         with suppress(Exception):  # what went wrong first is what must be told
@@ -160,17 +163,18 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 def _train_and_judge(
     recipe: Recipe, folder: Path, original: Model, streams: Streams, questions: dict[str, Prepared],
-    records: dict[str, pa.Table], client: Any, run_id: str, tags: dict[str, str],
+    records: dict[str, pa.Table], before: dict[str, dict[str, float]], client: Any, run_id: str, tags: dict[str, str],
 ) -> dict[str, Any]:  # fmt: skip
-    log_metrics(client, run_id, "eval", _evaluate(recipe, records).get("original", {}), step=0)
+    log_metrics(client, run_id, "eval", before.get("original", {}), step=0)
     trained = _train(recipe, folder, original, streams, client, run_id)
     model = Model(folder / "model", fingerprint(folder / "model"))
 
     samples: dict[str, list[Sample]] = {}
+    metrics = dict(before)
     if questions:
-        records = {**records, "unlearned": score_model(recipe, model, questions)}
-        samples = {name: first_samples(records["original"], records["unlearned"], name) for name in questions}
-    metrics = _evaluate(recipe, records)
+        after = score_model(recipe, model, questions)
+        metrics["unlearned"] = evaluate_records(after, records.get("retain-only"), recipe.evaluation)
+        samples = {name: first_samples(records["original"], after, name) for name in questions}
     unlearned = metrics.get("unlearned", {})
     outcome = Outcome(
         recipe=recipe,
@@ -191,7 +195,7 @@ def _train_and_judge(
     log_metrics(client, run_id, "eval", unlearned, step=trained["steps"])
     log_metrics(client, run_id, "retain_only", metrics.get("retain-only", {}), step=0)
     client.log_artifact(run_id, str(folder / "report.html"))
-    name = recipe.tracking.registered_model or recipe.name
+    name = registered_name(recipe)
     version = registry.register(client, run_id, model.folder, name, unlearned, trained["steps"], tags)
     if outcome.champion:
         registry.set_champion(client, name, version)
@@ -251,11 +255,6 @@ def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, clie
     if unsent:
         say(f"MLflow       metrics were not all sent: {unsent[0]}. They are whole in {metrics}")
     return outcome
-
-
-def _evaluate(recipe: Recipe, records: dict[str, pa.Table]) -> dict[str, dict[str, float]]:
-    reference = records.get("retain-only")
-    return {name: evaluate_records(table, reference, recipe.evaluation) for name, table in records.items()}
 
 
 def _headline(name: str, metrics: dict[str, float]) -> str:

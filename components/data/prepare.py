@@ -6,9 +6,6 @@ with file, line, reason and text), `summary.json` (counts) and the `tokenizer.js
 
 import functools
 import json
-import os
-import shutil
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +20,7 @@ from components.config import Data, Source, digest
 from components.data.prompts import Encoder
 from components.data.sources import Record, fingerprint, read_records, source_files
 from components.errors import DataError
+from components.files import whole_folder
 
 Kind = Literal["pairs", "answers", "questions"]
 """pairs: prompt with one answer, for training. answers: the pool of random responses. questions: a prompt with a
@@ -89,22 +87,21 @@ def read_rows(folder: Path) -> pa.Table:
 
 
 def _write(sources: Sequence[Source], kind: Kind, data: Data, tokenizer: TokenizerFacts, folder: Path) -> None:
-    """Write to a temporary name, then rename: a prepared folder is whole or absent, whoever else prepares it too."""
+    """Read and tokenise with Ray Data; a prepared folder is whole or absent, whoever else prepares it too."""
     import ray.data
 
-    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
-    (partial / "rows").mkdir(parents=True)
-    (partial / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
     # Found here, on the driver, so that a missing file is told at once and without a worker's traceback.
     files = [(i, name) for i, source in enumerate(sources) for name in source_files(source)]
-    settings = {
-        "sources": [source.model_dump(mode="json") for source in sources],
-        "kind": kind,
-        "tokenizer": str(partial / "tokenizer.json"),
-        "eos": tokenizer.eos,
-        "data": data.model_dump(mode="json", include={"template", "answer_prefix", "max_tokens"}),
-    }
-    try:
+    with whole_folder(folder) as partial:
+        (partial / "rows").mkdir()
+        (partial / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
+        settings = {
+            "sources": [source.model_dump(mode="json") for source in sources],
+            "kind": kind,
+            "tokenizer": str(partial / "tokenizer.json"),
+            "eos": tokenizer.eos,
+            "data": data.model_dump(mode="json", include={"template", "answer_prefix", "max_tokens"}),
+        }
         dataset: Any = ray.data.from_items([{"source": i, "file": name} for i, name in files])
         # Different CPU shares keep Ray from fusing the two, so that one long file is read once and tokenised widely.
         dataset = dataset.map_batches(_read, batch_size=1, fn_args=(settings,), num_cpus=0.25)
@@ -113,12 +110,6 @@ def _write(sources: Sequence[Source], kind: Kind, data: Data, tokenizer: Tokeniz
         )
         dataset.write_parquet(str(partial / "rows"))
         _write_summary(partial)
-        os.rename(partial, folder)
-    except OSError:
-        if not (folder / "summary.json").exists():  # else another run was first: its rows are the same
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_summary(folder: Path) -> None:

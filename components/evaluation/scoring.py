@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 from components.batch_inference import map_batches
 from components.config import Evaluation, Train, digest
 from components.data.prepare import Prepared, read_rows
-from components.models import answer_text, context_length, inference_device, load_model, load_tokenizer, whole_folder
+from components.files import whole_folder
+from components.models import answer_text, context_length, inference_device, load_model, load_tokenizer
 
 
 def score(

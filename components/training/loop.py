@@ -12,7 +12,8 @@ from components.config import KlToOriginal, Objective
 from components.data.prepare import read_rows
 from components.data.streams import Plan, StepRows
 from components.errors import DataError, TrainingError
-from components.models import load_model, load_tokenizer, quiet_libraries, save_model, whole_folder
+from components.files import whole_folder
+from components.models import load_model, load_tokenizer, quiet_libraries, save_model
 from components.objectives.terms import TERMS
 from components.optimizers.choose import learning_rate, make_optimizer
 from components.optimizers.soul import Soul

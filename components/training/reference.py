@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 from components.batch_inference import map_batches
 from components.config import Train
 from components.data.prepare import Prepared, read_rows
-from components.models import inference_device, load_model, whole_folder
+from components.files import whole_folder
+from components.models import inference_device, load_model
 
 
 def reference_pass(model: Path, model_hash: str, normal: Prepared, train: Train, storage: Path) -> Path:
