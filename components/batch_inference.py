@@ -1,7 +1,7 @@
 """Run a model over many rows: on Ray Data actors, or here."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,33 @@ def _on_ray(batches: list[pa.Table], make: Any, arguments: tuple[Any, ...], trai
     return [results.take(np.argsort(results["batch"].to_numpy(), kind="stable")).drop_columns("batch")]
 
 
+def run_parts(
+    count: int, make: Callable[..., Callable[[int], int]], arguments: tuple[Any, ...], train: Train
+) -> Iterator[int]:
+    """`make(*arguments)` once per worker, then its call on each of the part numbers below `count`.
+
+    For results that the workers write themselves; yields what the calls return, in the order in which they end.
+    """
+    if train.workers == 0:
+        quiet_libraries()
+        function = make(*arguments)
+        yield from (function(part) for part in range(count))
+        return
+    import ray.data
+
+    parts: Any = ray.data.range(count, override_num_blocks=min(count, 1000)).map_batches(
+        _PartWorker,
+        fn_constructor_args=(make, arguments, train.gpus_per_worker),
+        batch_size=1,
+        num_cpus=train.cpus_per_worker,
+        num_gpus=train.gpus_per_worker or None,
+        compute=ray.data.ActorPoolStrategy(size=min(train.workers, count)),
+    )
+    parts.context.execution_no_progress_timeout_s = 3600  # a large model and a first batch may take long
+    for batch in parts.iter_batches(batch_size=None):
+        yield from batch["size"].tolist()
+
+
 def hide_gpus() -> None:
     """Keep a worker that reserved no GPU off the machine's: Ray does not, and DeepSpeed takes what it sees."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -67,3 +94,14 @@ class _Worker:
     def __call__(self, batch: pa.Table) -> pa.Table:
         result = self.function(batch.drop_columns("batch"))
         return result.append_column("batch", pa.array([batch["batch"][0].as_py()] * result.num_rows))
+
+
+class _PartWorker:
+    def __init__(self, make: Any, arguments: tuple[Any, ...], gpus: int):
+        if not gpus:
+            hide_gpus()
+        quiet_libraries()
+        self.function = make(*arguments)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {"size": np.array([self.function(int(part)) for part in batch["id"]])}

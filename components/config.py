@@ -3,11 +3,13 @@
 One schema serves all pipelines, so that one file describes a whole job. A string under a field documents it.
 """
 
+import ast
 import hashlib
 import json
+import string
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -23,23 +25,58 @@ class Rows(Section):
     """What to take from each record of a source."""
 
     prompt: str = "question"
-    """Column that holds the prompt."""
+    """Column of the prompt, or a text with columns in braces, such as `"{knowledge}\n{question}"`. A column may also
+    hold a list of chat messages, each with role and content."""
     answer: str = "answer"
-    """Column that holds the answer."""
+    """Column of the answer, or a text with columns in braces. A list of texts makes a row for each."""
+    split_answers: str | None = Field(None, min_length=1)
+    """Separator of several answers in one field, such as `"; "`: each makes a row."""
+    dialogue: str | None = None
+    """Column of a whole dialogue, in place of prompt and answer: a list of chat messages, or text whose turns begin
+    with `turns`. Its last turn is the answer."""
+    turns: tuple[str, str] = ("\n\nHuman:", "\n\nAssistant:")
+    """What a user's and an assistant's turn begin with in a dialogue's text."""
     paraphrased_answer: str | None = None
     """Column with a true answer in other words (evaluation only)."""
     perturbed_answer: str | None = None
     """Column with a list of wrong answers of the same form (evaluation only)."""
+    where: str | None = None
+    """Take only records for which this holds, such as `is_safe == false and severity > 1`. Columns stand by name, or
+    as `row["a name"]`; the others are counted, not set aside."""
     limit: int | None = Field(None, ge=1)
-    """Take only the first so many records of each file."""
+    """Take only the first so many records of each file, before `where`."""
+
+    @field_validator("prompt", "answer")
+    @classmethod
+    def _braces_hold_columns(cls, text: str) -> str:
+        try:
+            fields = [name for _, name, *_ in string.Formatter().parse(text) if name is not None]
+        except ValueError as error:
+            raise ValueError(f"is neither a column nor a text with columns in braces: {error}") from None
+        if not all(fields):
+            raise ValueError("has empty braces; name a column in them")
+        return text
+
+    @field_validator("where")
+    @classmethod
+    def _is_expression(cls, text: str | None) -> str | None:
+        if text is not None:
+            try:
+                ast.parse(text.strip(), mode="eval")
+            except SyntaxError as error:
+                raise ValueError(f"is not an expression ({error.msg}); write such as: is_safe == false") from None
+        return text
 
 
 class Files(Rows):
-    """Local files."""
+    """Files with one record a line or row, on this machine or in an object store."""
 
     type: Literal["files"]
     path: str | list[str]
-    """File, list of files or glob: JSON lines, JSON, CSV or Parquet, told by the suffix; `.gz` may follow."""
+    """File, glob or list of them; `s3://` and `gs://` too. JSON lines, JSON, CSV or Parquet, told by the suffix;
+    `.gz` may follow."""
+    format: Literal["auto", "json", "csv", "parquet", "lines"] = "auto"
+    """What the suffix does not tell. `lines` makes a record of each line, its column is `text`."""
 
 
 class HuggingFace(Rows):
@@ -50,8 +87,34 @@ class HuggingFace(Rows):
     """Hub id, or a folder written by `datasets.save_to_disk`."""
     subset: str | None = None
     """The hub's configuration name, such as `forget10`."""
+    data_dir: str | None = None
+    """The hub's folder to read, such as `harmless-base`."""
     split: str = "train"
     revision: str | None = None
+    local: str | None = None
+    """Where the same records lie under `data.folder`; taken instead of the hub when `data.folder` is given."""
+
+
+class Text(Section):
+    """Plain text, cut into windows of tokens: the model goes on from a prefix, without template or EOS."""
+
+    type: Literal["text"]
+    path: str | list[str]
+    """File, glob or list of them; `s3://` and `gs://` too. `.gz` may follow."""
+    prefix_tokens: int = Field(64, ge=1)
+    """Tokens that a window begins with, as the prompt."""
+    continuation_tokens: int = Field(64, ge=1)
+    """Tokens that follow, as the answer."""
+    overlap: int = Field(0, ge=0)
+    """Tokens that a window shares with the next."""
+    limit: int | None = Field(None, ge=1)
+    """Take only the first so many lines of each file."""
+
+    @model_validator(mode="after")
+    def _windows_move_on(self) -> "Text":
+        if self.overlap >= self.prefix_tokens + self.continuation_tokens:
+            raise ValueError("overlap must be smaller than prefix_tokens + continuation_tokens")
+        return self
 
 
 class People(Rows):
@@ -66,7 +129,16 @@ class People(Rows):
     seed: int = 0
 
 
-Source = Annotated[Files | HuggingFace | People, Field(discriminator="type")]
+class FixedAnswers(Section):
+    """Answers written in the recipe, to steer towards."""
+
+    type: Literal["fixed"]
+    texts: list[str] = Field(min_length=1)
+    """Such as `I can't help with that.`"""
+
+
+Source = Annotated[Files | HuggingFace | Text | People, Field(discriminator="type")]
+PoolSource = Annotated[Files | HuggingFace | Text | People | FixedAnswers, Field(discriminator="type")]
 
 
 class Data(Section):
@@ -76,17 +148,30 @@ class Data(Section):
     """What the model must forget: prompts and the answers to unlearn."""
     normal: list[Source] = []
     """Behaviour to keep."""
-    random: list[Source] = []
-    """Pool of unrelated answers; only the answer column is used."""
+    random: list[PoolSource] = []
+    """Pool of unrelated answers; only the answers are used. Another set's answers: name the same sources again."""
     folder: str | None = None
     """Where relative paths of files start, those of evaluation sets too; applied when the recipe is loaded."""
-    template: str = Field("Question: {prompt}\nAnswer:", pattern=r"\{prompt\}")
-    """How a prompt is written. The answer follows after `answer_prefix` and ends with EOS."""
+    template: str | None = Field(None, pattern=r"\{prompt\}")
+    """How a prompt is written, such as `"Question: {prompt}\nAnswer:"`. The answer follows after `answer_prefix` and
+    ends with EOS. Left out, it is the tokenizer's chat template, or the one shown here where there is none."""
     answer_prefix: str = " "
+    """What stands between a prompt by `template` and its answer; counted as answer."""
+    system: str | None = None
+    """System message of the chat template."""
+    chat_variables: dict[str, str | bool | int] = {}
+    """Further variables of the chat template, such as `date_string` or `enable_thinking`."""
     max_tokens: int = Field(256, ge=8)
-    """Longest prompt with answer; longer rows are set aside."""
+    """Longest prompt with answer."""
+    on_long: Literal["quarantine", "truncate"] = "quarantine"
+    """Longer rows are set aside, or their answer loses its end (and with it its EOS)."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """Stop when more than this share of a source's rows is unusable."""
+    """Stop when more than this share of a set's rows is unusable."""
+    overlap: Literal["error", "drop_from_normal", "keep"] = "error"
+    """What to do with rows that stand in forget and in normal, letter case and spaces aside."""
+    cache: bool = True
+    """Keep prepared rows for later runs. Without it, they lie in the run's folder while it runs, and of the normal set
+    only the first rows are read, as many as the run uses."""
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -222,6 +307,8 @@ class Train(Section):
     """Rows of the pacing set per optimizer step, over all workers."""
     micro_batch_size: int = Field(8, ge=1)
     """Rows of the pacing set per worker in one forward pass; the rest is accumulated."""
+    packing: bool = False
+    """Put several sequences into one row of a forward pass instead of padding each to the longest."""
     epochs: int = Field(5, ge=1)
     steps: int | None = Field(None, ge=1)
     """Optimizer steps; takes the place of epochs when given."""
@@ -269,7 +356,7 @@ class EvaluationSet(Section):
 
     @model_validator(mode="after")
     def _wrong_answers_fit(self) -> "EvaluationSet":
-        having = [source.perturbed_answer is not None for source in self.rows]
+        having = [not isinstance(source, Text) and source.perturbed_answer is not None for source in self.rows]
         if any(having) != all(having):
             raise ValueError("some of the set's sources name a perturbed_answer and some do not; give all or none")
         if self.normalised and not all(having):

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from components.config import Recipe
+from components.config import Files, Recipe
 from components.errors import ConfigError
 
 
@@ -65,20 +65,39 @@ def _with_folder(raw: dict[str, Any]) -> dict[str, Any]:
     data = raw.get("data")
     if not isinstance(data, dict) or not isinstance(data.get("folder"), str):
         return raw
-    folder = Path(data["folder"])
+    folder = data["folder"]
 
     def placed(node: Any) -> Any:
         if isinstance(node, list):
             return [placed(item) for item in node]
         if not isinstance(node, dict):
             return node
-        if node.get("type") == "files" and isinstance(node.get("path"), str | list):
+        if node.get("type") == "huggingface" and isinstance(node.get("local"), str):
+            return _local_copy(node, _inside(folder, node["local"]))
+        if node.get("type") in ("files", "text") and isinstance(node.get("path"), str | list):
             path = node["path"]
-            many = [str(folder / item) for item in (path if isinstance(path, list) else [path])]
+            many = [_inside(folder, str(item)) for item in (path if isinstance(path, list) else [path])]
             return {**node, "path": many if isinstance(path, list) else many[0]}
         return {key: placed(value) for key, value in node.items()}
 
     return {**raw, "data": {**placed(data), "folder": None}, "evaluation": placed(raw.get("evaluation", {}))}
+
+
+def _inside(folder: str, path: str) -> str:
+    if "://" in path:
+        return path
+    return f"{folder.rstrip('/')}/{path}" if "://" in folder else str(Path(folder) / path)
+
+
+def _local_copy(node: dict[str, Any], path: str) -> dict[str, Any]:
+    """A hub data set's records taken from `path`: files, or a folder written by `datasets.save_to_disk`."""
+    if Path(path).is_dir():
+        return {
+            **{key: node[key] for key in node if key not in ("local", "subset", "data_dir", "revision")},
+            "path": path,
+        }
+    rest = {key: node[key] for key in node if key in Files.model_fields}
+    return {**rest, "type": "files", "path": path}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

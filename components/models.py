@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.config import Pretrained, Scratch, digest
-from components.data.prepare import TokenizerFacts
+from components.data.prompts import TokenizerFacts
 from components.errors import ModelError
 from components.files import whole_folder
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_WEIGHT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt"]  # never pickles
+_WEIGHT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]  # never pickles
 
 
 def local_folder(model: Pretrained, storage: Path) -> Path:
@@ -33,14 +33,32 @@ def local_folder(model: Pretrained, storage: Path) -> Path:
                 "save_pretrained writes them."
             )
         return path.resolve()
-    if path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") > 1:
+    if not _is_hub_id(model.path):
         raise ModelError(f"Model folder does not exist (path={path}). Expected a folder with config.json and weights.")
+    return _from_hub(model, storage, _WEIGHT_FILES)
+
+
+def tokenizer_folder(model: Pretrained, storage: Path) -> Path:
+    """Like `local_folder`, for who needs no weights: they may be missing, and are not fetched."""
+    path = Path(model.path).expanduser()
+    if (path / "tokenizer.json").is_file():
+        return path.resolve()
+    if path.is_dir() or not _is_hub_id(model.path):
+        return local_folder(model, storage)
+    return _from_hub(model, storage / "tokenizers", ["*.json", "*.jinja"])
+
+
+def _is_hub_id(path: str) -> bool:
+    return not path.startswith(("/", ".", "~")) and path.count("/") <= 1
+
+
+def _from_hub(model: Pretrained, storage: Path, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         name = f"{model.path.replace('/', '--')}@{model.revision or 'main'}"
         folder = storage / "hub" / name
-        snapshot_download(model.path, revision=model.revision, allow_patterns=_WEIGHT_FILES, local_dir=folder)
+        snapshot_download(model.path, revision=model.revision, allow_patterns=patterns, local_dir=folder)
         return folder
     except Exception as error:  # the hub client raises many unrelated kinds
         raise ModelError(
@@ -54,7 +72,7 @@ def fingerprint(folder: Path) -> str:
     """32 hex digits over the weights, config and tokenizer files of a model folder."""
     total = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".safetensors", ".json", ".model") and file.is_file():
+        if file.suffix in (".safetensors", ".json", ".jinja", ".model") and file.is_file():
             with file.open("rb") as stream:
                 total.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}".encode())
     return total.hexdigest()[:32]
@@ -111,11 +129,15 @@ def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> TokenizerFacts:
     """What preparing rows needs of a tokenizer."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     spec["truncation"] = spec["padding"] = None  # left in the file by whoever used it last: rows would be cut silently
-    return TokenizerFacts(json.dumps(spec, sort_keys=True), int(tokenizer.eos_token_id))
+    named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    chat = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    return TokenizerFacts(json.dumps(spec, sort_keys=True), int(tokenizer.eos_token_id), chat, named)
 
 
 def context_length(folder: Path) -> int | None:
     """Longest input that the model's config allows, in tokens; None when it names no limit."""
+    if not (folder / "config.json").exists():
+        return None
     config = json.loads((folder / "config.json").read_text())
     return config.get("max_position_embeddings") or config.get("n_positions")
 
@@ -156,6 +178,30 @@ def load_model(folder: Path, dtype: str = "fp32") -> Any:
             "Expected logits that are the output layer's; soft-capped or scaled ones are not supported."
         )
     return model
+
+
+def check_packing(model: Any, folder: Path) -> None:
+    """Refuse a model whose sequences see each other when they share a row.
+
+    Raises:
+        ModelError: naming the model.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    first, second = torch.tensor([5, 6, 7, 8], device=device), torch.tensor([9, 5, 6], device=device)
+    with torch.no_grad():
+        alone = model.base_model(input_ids=second[None], use_cache=False).last_hidden_state[0]
+        packed = model.base_model(
+            input_ids=torch.cat([first, second])[None],
+            position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2]], device=device),
+            use_cache=False,
+        ).last_hidden_state[0, 4:]
+    if (alone - packed).norm() > 1e-3 * alone.norm():
+        raise ModelError(
+            f"Model mixes sequences that share a row (path={folder}, class={type(model).__name__}). Expected it to "
+            "keep them apart by their position ids. Set train.packing=false."
+        )
 
 
 def inference_device() -> "torch.device":

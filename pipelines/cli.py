@@ -22,6 +22,8 @@ class Command(NamedTuple):
     recipe: Recipe
     models: list[str]
     """Further arguments: model folders (evaluate.py)."""
+    show: int = 0
+    """Rows of each set to show (prepare.py)."""
 
 
 def run_cli(
@@ -30,6 +32,7 @@ def run_cli(
     plan: Callable[[Command], str],
     *,
     takes_models: bool = False,
+    shows_rows: bool = False,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Parse, validate, then `run`, or with --dry-run print the resolved recipe and its `plan`.
@@ -41,9 +44,11 @@ def run_cli(
     parser.add_argument("arguments", nargs="*", metavar="ARGUMENT", help=f"{what}; later ones win")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the plan, then stop")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    if shows_rows:
+        parser.add_argument("--show", type=int, default=2, metavar="N", help="rows of each set to show (default 2)")
     options = parser.parse_intermixed_args(argv)
     try:
-        command = _parse(options.arguments, takes_models)
+        command = _parse(options.arguments, takes_models)._replace(show=getattr(options, "show", 0))
         if options.dry_run:
             print(json.dumps(command.recipe.model_dump(mode="json"), indent=2, ensure_ascii=False))
             print(plan(command))

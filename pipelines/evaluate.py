@@ -19,7 +19,7 @@ from components.evaluation.report import metrics_table
 from components.evaluation.scoring import score
 from components.models import fingerprint, load_tokenizer, local_folder, tokenizer_facts
 from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
-from pipelines.finetune import Model, check_context, check_inputs, make_models
+from pipelines.finetune import Model, check_context, check_inputs, make_models, telling
 
 
 def run(command: Command) -> None:
@@ -58,7 +58,7 @@ def prepare_questions(recipe: Recipe, model: Model) -> dict[str, Prepared]:
     facts = tokenizer_facts(load_tokenizer(model.folder))
     storage = storage_folder(recipe)
     return {
-        name: prepare(questions.rows, "questions", recipe.data, facts, storage)
+        name: prepare(questions.rows, "questions", recipe.data, facts, storage, tell=telling(name))
         for name, questions in recipe.evaluation.sets.items()
     }
 

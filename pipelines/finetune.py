@@ -9,13 +9,31 @@ Both are kept under <storage>/models by the hash of what they were made from, an
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from components.config import Nll, Objective, Pretrained, Recipe, Scratch, Source, Train, digest
+from components.config import (
+    Files,
+    HuggingFace,
+    Nll,
+    Objective,
+    PoolSource,
+    Pretrained,
+    Recipe,
+    Scratch,
+    Source,
+    Text,
+    Train,
+    digest,
+)
 from components.console import duration
+from components.data import locations
+from components.data.mapping import source_texts
+from components.data.overlap import find_overlap
 from components.data.prepare import prepare
+from components.data.prompts import DEFAULT_TEMPLATE
+from components.data.rows import PreparedRows
 from components.data.sources import fingerprint as source_fingerprint
 from components.data.sources import hub_commit, read_records, source_files
 from components.errors import ConfigError
@@ -32,6 +50,8 @@ from components.tracking.follow import follow
 from components.training.job import Job
 from components.training.launch import check_cluster, run_job
 from pipelines.cli import Command, Progress, ray_session, run_cli, say, storage_folder
+
+_COUNTED_BYTES = 64 << 20  # a plan must be there at once
 
 
 class Model(NamedTuple):
@@ -93,19 +113,26 @@ def _make(recipe: Recipe, name: str, sources: Sequence[Source]) -> Model:
     assert finetune is not None
     base = base_folder(recipe)
     check_context(recipe, base)
-    prepared = prepare(sources, "pairs", recipe.data, tokenizer_facts(load_tokenizer(base)), storage)
-    made_from = [
+    facts = tokenizer_facts(load_tokenizer(base))
+    prepared = prepare(sources, "pairs", recipe.data, facts, storage, tell=telling(name))
+    made_from: list[Any] = [
         fingerprint(base),
         prepared.digest,
         recipe.seed,
         finetune.optimizer.model_dump(),
         _result_of(finetune.train),
     ]
+    overlap = None
+    if name == "retain_only" and recipe.data.forget and recipe.data.overlap != "keep":
+        forget = prepare(recipe.data.forget, "pairs", recipe.data, facts, storage, tell=telling("forget"))
+        overlap = find_overlap(forget, prepared, recipe.data.overlap, storage)
+        made_from += [forget.digest] if overlap else []
     folder = storage / "models" / f"{name.replace('_', '-')}-{digest(made_from)}"
     if folder.exists():
         say(f"{name:<12} found in {folder}")
         return Model(folder, fingerprint(folder))
-    say(f"{name:<12} fine-tuning {parameter_count(base):,} parameters on {prepared.good} rows")
+    rows = len(PreparedRows(prepared.folder, overlap.rows if overlap else None))
+    say(f"{name:<12} fine-tuning {parameter_count(base):,} parameters on {rows} rows")
     metrics = storage / "models" / f"{folder.name}.jsonl"
     metrics.parent.mkdir(parents=True, exist_ok=True)
     metrics.unlink(missing_ok=True)
@@ -114,6 +141,7 @@ def _make(recipe: Recipe, name: str, sources: Sequence[Source]) -> Model:
         output=str(folder),
         metrics=str(metrics),
         normal=str(prepared.folder),
+        normal_without=str(overlap.rows) if overlap else None,
         objective=Objective(normal=Nll(type="nll")),
         optimizer=finetune.optimizer,
         train=finetune.train,
@@ -139,15 +167,9 @@ def base_folder(recipe: Recipe) -> Path:
     base = recipe.finetune.base
     if isinstance(base, Pretrained):
         return local_folder(base, storage_folder(recipe))
-    texts = [
-        text
-        for source in (*recipe.data.forget, *recipe.data.normal)
-        for file in source_files(source)
-        for record in read_records(source, file)
-        for text in ((record.fields or {}).get(source.prompt), (record.fields or {}).get(source.answer))
-        if isinstance(text, str)
-    ]
-    return make_scratch(base, [recipe.data.template, *texts], recipe.seed, storage_folder(recipe))
+    texts = [text for source in (*recipe.data.forget, *recipe.data.normal) for text in source_texts(source)]
+    template = recipe.data.template or DEFAULT_TEMPLATE
+    return make_scratch(base, [template, *texts], recipe.seed, storage_folder(recipe))
 
 
 def check_inputs(recipe: Recipe) -> None:
@@ -156,24 +178,29 @@ def check_inputs(recipe: Recipe) -> None:
     Raises:
         ConfigError, DataError, ModelError: naming the first thing that is wrong.
     """
-    for source in _sources(recipe):
-        source_files(source)
-        if source.type == "huggingface" and not Path(source.path).is_dir():
-            hub_commit(source.path, source.revision)
+    check_sources(recipe)
     for model in _given_models(recipe):
         folder = local_folder(model, storage_folder(recipe))
         load_tokenizer(folder)
         check_context(recipe, folder)
 
 
+def check_sources(recipe: Recipe) -> None:
+    """Refuse a recipe whose files or hub data sets are not there."""
+    for source in _sources(recipe):
+        source_files(source)
+        if source.type == "huggingface" and not Path(source.path).is_dir():
+            hub_commit(source.path, source.revision)
+
+
 def inputs_digest(recipe: Recipe) -> str:
     """Changes with the content of the recipe's files and given models."""
     storage = storage_folder(recipe)
     models = [fingerprint(local_folder(model, storage)) for model in _given_models(recipe)]
-    return digest([[source_fingerprint(source) for source in _sources(recipe)], models], 32)
+    return digest([[source_fingerprint(source, storage) for source in _sources(recipe)], models], 32)
 
 
-def _sources(recipe: Recipe) -> list[Source]:
+def _sources(recipe: Recipe) -> list[PoolSource]:
     evaluated = [source for questions in recipe.evaluation.sets.values() for source in questions.rows]
     return [*recipe.data.forget, *recipe.data.normal, *recipe.data.random, *evaluated]
 
@@ -200,11 +227,22 @@ def check_cluster_for(recipe: Recipe) -> None:
             check_cluster(train.workers, train.cpus_per_worker, train.gpus_per_worker)
 
 
-def count_rows(sources: Sequence[Source]) -> int | None:
-    """Rows of `sources`, bad ones included; None where counting would mean a download."""
-    if any(source.type == "huggingface" for source in sources):
-        return None
+def count_rows(sources: Sequence[PoolSource]) -> int | None:
+    """Rows of `sources`, bad ones included; None where only preparing, a download or a long reading would tell."""
+    for source in sources:
+        if isinstance(source, Text | HuggingFace) or getattr(source, "where", None):
+            return None
+        if isinstance(source, Files):
+            if source.split_answers or any(locations.is_remote(file) for file in source_files(source)):
+                return None
+            if sum(locations.size(file) for file in source_files(source)) > _COUNTED_BYTES:
+                return None
     return sum(1 for source in sources for file in source_files(source) for _ in read_records(source, file))
+
+
+def telling(name: str) -> Callable[[str], None]:
+    """What prints a set's lines of progress."""
+    return lambda line: say(f"  {name:<10} {line}")
 
 
 def planned_steps(train: Train, rows: int | None) -> int | None:

@@ -14,13 +14,13 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 
-from components.config import KlToOriginal, Recipe, config_hash, registered_name, run_name
+from components.config import Recipe, config_hash, registered_name, run_name
 from components.console import duration
-from components.data.prepare import Prepared, prepare
+from components.data.prepare import Prepared
 from components.errors import ConfigError
 from components.evaluation.metrics import evaluate_records
 from components.evaluation.report import Sample, first_samples
@@ -32,7 +32,7 @@ from components.tracking.gates import judge
 from components.tracking.run import log_lines, log_metrics, make_client, open_run, tracking_uri
 from components.training.job import Job
 from components.training.launch import run_job
-from components.training.reference import reference_pass
+from components.training.reference import needs, reference_pass
 from pipelines.cli import Command, Progress, ray_session, run_cli, say, storage_folder
 from pipelines.evaluate import check_same_tokens, prepare_questions, score_model
 from pipelines.finetune import (
@@ -45,16 +45,10 @@ from pipelines.finetune import (
     make_models,
     planned_parameters,
     planned_steps,
+    telling,
 )
 from pipelines.outcome import Outcome, summary_text, write_files
-
-
-class Streams(NamedTuple):
-    """Prepared rows of the terms that the objective has."""
-
-    forget: Prepared | None
-    normal: Prepared | None
-    random: Prepared | None
+from pipelines.prepare import Streams, data_counts, notes, prepare_streams
 
 
 def run(command: Command) -> None:
@@ -128,7 +122,8 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
     storage = storage_folder(recipe)
     original, retain_only = make_models(recipe)
     check_context(recipe, original.folder)
-    streams = _prepare_streams(recipe, original)
+    place = storage if recipe.data.cache else folder
+    streams = _prepare(recipe, original, place)
 
     questions = prepare_questions(recipe, original)
     records = {"original": score_model(recipe, original, questions)} if questions else {}
@@ -148,12 +143,15 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
         "recipe": recipe.name,
         "config_hash": config_hash(recipe),
         "original_model": original.hash,
-        **{f"data.{name}": prepared.digest for name, prepared in streams._asdict().items() if prepared},
+        **{f"data.{name}": prepared.digest for name, prepared in streams.sets().items()},
     }
     run_id = open_run(client, recipe, folder.name, folder, tags)
     try:
         summary = _train_and_judge(recipe, folder, original, streams, questions, records, before, client, run_id, tags)
         client.set_terminated(run_id, "FINISHED")
+        if not recipe.data.cache:
+            for name in ("prepared", "reference", "overlap"):
+                shutil.rmtree(folder / name, ignore_errors=True)
     except BaseException:
         with suppress(Exception):  # what went wrong first is what must be told
             client.set_terminated(run_id, "FAILED")
@@ -165,6 +163,7 @@ def _train_and_judge(
     recipe: Recipe, folder: Path, original: Model, streams: Streams, questions: dict[str, Prepared],
     records: dict[str, pa.Table], before: dict[str, dict[str, float]], client: Any, run_id: str, tags: dict[str, str],
 ) -> dict[str, Any]:  # fmt: skip
+    log_metrics(client, run_id, "data", data_counts(streams), step=0)
     log_metrics(client, run_id, "eval", before.get("original", {}), step=0)
     trained = _train(recipe, folder, original, streams, client, run_id)
     model = Model(folder / "model", fingerprint(folder / "model"))
@@ -186,7 +185,8 @@ def _train_and_judge(
             "command": shlex.join(["python", *sys.argv]),
             "recipe": f"{recipe.name}, config hash {config_hash(recipe)}, seed {recipe.seed}",
             "original model": f"{original.folder.name}, fingerprint {original.hash}",
-            "data": "; ".join(f"{n} {p.good} rows, digest {p.digest}" for n, p in streams._asdict().items() if p),
+            "data": "; ".join(f"{n} {p.good} rows, digest {p.digest}" for n, p in streams.sets().items()),
+            "set aside": "; ".join(notes(streams)) or "none",
             "training": f"{trained['steps']} steps in {duration(trained['seconds'])} on {trained['world']} worker(s)",
             "MLflow run": run_id,
         },
@@ -206,30 +206,15 @@ def _train_and_judge(
     }  # fmt: skip
 
 
-def _prepare_streams(recipe: Recipe, original: Model) -> Streams:
-    facts = tokenizer_facts(load_tokenizer(original.folder))
-    storage, objective = storage_folder(recipe), recipe.objective
-    needs_forget = objective.forget or objective.random
-    streams = Streams(
-        forget=prepare(recipe.data.forget, "pairs", recipe.data, facts, storage) if needs_forget else None,
-        normal=prepare(recipe.data.normal, "pairs", recipe.data, facts, storage) if objective.normal else None,
-        random=prepare(recipe.data.random, "answers", recipe.data, facts, storage) if objective.random else None,
-    )
-    counts = [
-        f"{name} {p.good}" + (f" ({p.bad} set aside in {p.folder / 'quarantine.jsonl'})" if p.bad else "")
-        for name, p in streams._asdict().items()
-        if p
-    ]
-    say(f"data         {', '.join(counts)} rows")
+def _prepare(recipe: Recipe, original: Model, place: Path) -> Streams:
+    streams = prepare_streams(recipe, tokenizer_facts(load_tokenizer(original.folder)), place)
+    say("data         " + ", ".join(f"{name} {set_.good}" for name, set_ in streams.sets().items()) + " rows")
+    for note in notes(streams):
+        say(f"             {note}")
     return streams
 
 
 def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, client: Any, run_id: str) -> dict[str, Any]:
-    reference = None
-    if isinstance(recipe.objective.normal, KlToOriginal):
-        assert streams.normal is not None
-        storage = storage_folder(recipe)
-        reference = reference_pass(original.folder, original.hash, streams.normal, recipe.train, storage)
     metrics = folder / "metrics.jsonl"
     metrics.unlink(missing_ok=True)  # of a run that did not reach its end
     shutil.rmtree(folder / "model", ignore_errors=True)
@@ -237,14 +222,20 @@ def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, clie
         model=str(original.folder),
         output=str(folder / "model"),
         metrics=str(metrics),
-        **{name: str(prepared.folder) for name, prepared in streams._asdict().items() if prepared},
-        reference=str(reference) if reference else None,
+        **{name: str(prepared.folder) for name, prepared in streams.sets().items()},
+        normal_without=str(streams.without) if streams.without else None,
         objective=recipe.objective,
         optimizer=recipe.optimizer,
         train=recipe.train,
         max_tokens=recipe.data.max_tokens,
         seed=recipe.seed,
     )
+    place = storage_folder(recipe) if recipe.data.cache else folder
+    references = {
+        group: str(reference_pass(job, group, what, original.hash, place, telling(f"original on {group}")))
+        for group, what in needs(recipe.objective).items()
+    }
+    job = job.model_copy(update={"reference": references})
     where = f"{recipe.train.workers} Ray workers" if recipe.train.workers else "this process"
     say(f"unlearning   {parameter_count(original.folder):,} parameters, ZeRO-{recipe.train.zero_stage}, {where}")
     with (

@@ -16,15 +16,19 @@ os.environ.update(
     MLFLOW_DISABLE_TELEMETRY="true",
 )
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from components.config import Data, People, Scratch
+from components.data.mapping import source_texts
 from components.data.prepare import Prepared, prepare
-from components.data.sources import read_records, source_files
+from components.data.rows import PreparedRows
+from components.data.tokenise import ROWS, _write_rows
 from components.models import load_tokenizer, make_scratch, quiet_libraries, tokenizer_facts
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -35,6 +39,25 @@ def people(split: str, **mapping: Any) -> People:
 
 
 DATA = Data(forget=[people("forget")], normal=[people("normal")], random=[people("normal")], max_tokens=96)
+
+
+def write_rows(folder: Path, ids: list[list[int]], starts: list[int], shard: int = 4) -> PreparedRows:
+    """A prepared folder as `prepare` would write it, in files of `shard` rows."""
+    (folder / "rows").mkdir(parents=True)
+    names = []
+    for first in range(0, len(ids), shard):
+        rows = [
+            {"row_id": str(i), "match": str(i), "line": i + 1, "input_ids": ids[i], "answer_start": starts[i]}
+            for i in range(first, min(first + shard, len(ids)))
+        ]
+        names.append([f"000-000000-{first // shard:06d}", len(rows)])
+        _write_rows(pa.Table.from_pylist(rows, schema=ROWS), folder / "rows" / f"{names[-1][0]}.arrow")
+    summary = {
+        "shards": names, "good": len(ids), "bad": 0, "filtered": 0, "reasons": {}, "tokens": sum(map(len, ids)),
+        "longest_prompt": max(starts), "longest_answer": max(len(i) - s for i, s in zip(ids, starts, strict=True)),
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return PreparedRows(folder)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -67,13 +90,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def base(storage: Path) -> Path:
     """A random Llama of 2 layers with a tokenizer trained on the people's text."""
-    texts = [
-        record.fields[key]
-        for source in (*DATA.forget, *DATA.normal)
-        for file in source_files(source)
-        for record in read_records(source, file)
-        for key in ("question", "answer")
-    ]
+    texts = [text for source in (*DATA.forget, *DATA.normal) for text in source_texts(source)]
     scratch = Scratch(type="scratch", vocabulary=400, hidden_size=32, layers=2, heads=2, context=128)
     return make_scratch(scratch, texts, 0, storage)
 

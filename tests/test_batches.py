@@ -1,38 +1,36 @@
+import functools
+import math
+import tempfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
 from components.config import GradientAscent, KlToOriginal, Objective, RandomResponse
+from components.data.rows import PreparedRows
 from components.data.streams import Plan
-from components.training.batches import Batcher, Reference, Rows
+from components.training.batches import Batcher, lay_out
 from components.training.loop import combine
+from components.training.reference import Reference
+from tests.conftest import write_rows
 
 GROUPS = ("forget", "random", "normal")
 
 
-def rows(count: int, seed: int) -> Rows:
+@functools.cache
+def rows(count: int, seed: int) -> PreparedRows:
     """Rows of 2 to 5 prompt and 1 to 6 answer tokens, each token telling its set and row."""
     rng = np.random.default_rng(seed)
-    ids = [np.full(rng.integers(3, 12), 100 * seed + i, dtype=np.int32) for i in range(count)]
+    ids = [[100 * seed + i] * int(rng.integers(3, 12)) for i in range(count)]
     starts = [int(rng.integers(2, len(row))) for row in ids]
-    return Rows(
-        pa.table(
-            {
-                "input_ids": pa.array(ids, pa.list_(pa.int32())),
-                "answer_start": pa.array(starts, pa.int32()),
-                "row_id": [str(i) for i in range(count)],
-            }
-        )
-    )
+    return write_rows(Path(tempfile.mkdtemp()), ids, starts)
 
 
-def batcher(rank: int = 0, world: int = 1, micro: int = 3) -> Batcher:
+def batcher(rank: int = 0, world: int = 1, micro: int = 3, packing: bool = False) -> Batcher:
     forget, normal, pool = rows(11, 1), rows(7, 2), rows(9, 3)
     plan = Plan(seed=0, batch_size=8, forget=11, normal=7, pool=9, responses=2)
-    return Batcher(plan, forget, normal, pool, None, micro, rank, world)
+    return Batcher(plan, forget, normal, pool, {}, micro, packing, rank, world)
 
 
 def targets(batches: list, group: str) -> list[int]:
@@ -69,7 +67,8 @@ def test_random_responses_stand_behind_forget_prompts() -> None:
     whole = batcher(micro=100)
     step_rows = whole.plan.step_rows(0)
     [batch] = whole.micro_batches(step_rows, ("random",))
-    expected = [(i, j) for i, drawn in zip(step_rows.forget, step_rows.random, strict=True) for j in drawn]
+    order = whole.share(step_rows)
+    expected = [(step_rows.forget[place], j) for place in order for j in step_rows.random[place]]
     assert len(batch.input_ids) == 16
     for row, (forget, response) in zip(batch.input_ids, expected, strict=True):
         length = len(whole.forget.prompt(forget)) + len(whole.pool.answer(response))
@@ -97,7 +96,7 @@ def test_an_empty_share_is_a_batch_without_answers() -> None:
 def test_an_empty_share_has_a_loss_of_zero(dtype: torch.dtype) -> None:
     reference = Reference.__new__(Reference)
     reference.weight, reference.bias = torch.randn(5, 4, dtype=dtype), None
-    rank = batcher(rank=4, world=5)._replace(reference=reference)
+    rank = batcher(rank=4, world=5)._replace(references={"normal": reference})
     step_rows = rank.plan.step_rows(1)
     [empty] = rank.micro_batches(step_rows, GROUPS)
     logits = torch.zeros(0, 5, dtype=dtype, requires_grad=True)
@@ -105,7 +104,7 @@ def test_an_empty_share_has_a_loss_of_zero(dtype: torch.dtype) -> None:
         forget=GradientAscent(type="gradient_ascent"), random=RandomResponse(type="random_response"),
         normal=KlToOriginal(type="kl_to_original"),
     )  # fmt: skip
-    loss, parts = combine(logits, empty, objective, rank.counts(step_rows), reference)
+    loss, parts = combine(logits, empty, objective, rank.counts(step_rows), {"normal": reference})
     loss.backward()
     assert loss.item() == 0
     assert all(value.item() == 0 for value in parts.values())
@@ -127,15 +126,56 @@ def test_label_uniforms_do_not_depend_on_the_split() -> None:
     assert sorted(other.groups["normal"].uniforms.tolist()) != whole
 
 
-def test_reference_file_is_read_by_index(tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
-    from safetensors.torch import save_file
+def test_packed_rows_hold_every_sequence_once_and_begin_anew() -> None:
+    step_rows = batcher().plan.step_rows(0)
+    [packed] = batcher(micro=100, packing=True).micro_batches(step_rows, GROUPS)
+    [apart] = batcher(micro=100).micro_batches(step_rows, GROUPS)
+    assert packed.input_ids.shape[1] == apart.input_ids.shape[1]
+    assert packed.input_ids.shape[0] < apart.input_ids.shape[0]
+    flat = packed.input_ids.flatten()
+    assert torch.equal(flat[packed.positions + 1], torch.cat([packed.groups[group].targets for group in GROUPS]))
+    assert packed.tokens == apart.tokens
+    filled = packed.input_ids > 0
+    assert int(filled.sum()) == packed.tokens
+    # Each token tells its row, and forget and random share prompts: a sequence begins where its position is 0.
+    assert int((packed.position_ids[filled] == 0).sum()) == len(apart.input_ids)
 
-    save_file({"weight": torch.randn(5, 4)}, tmp_path / "head.safetensors")
-    states = [torch.randn(n, 4) for n in (1, 3, 2)]
-    column = pa.array([s.numpy().tobytes() for s in states], pa.large_binary())
-    pq.write_table(pa.table({"hidden": column}), tmp_path / "hidden.parquet")
-    reference = Reference(tmp_path)
-    for i, state in enumerate(states):
-        assert torch.equal(reference.hidden(i), state)
-    assert reference.logits(states[1]).shape == (3, 5)
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packing_wastes_little_and_overlaps_nothing(seed: int) -> None:
+    lengths = np.random.default_rng(seed).integers(1, 100, 60).tolist()
+    places, (height, width) = lay_out(lengths, packing=True)
+    taken = np.zeros((height, width), dtype=int)
+    for (row, first), length in zip(places, lengths, strict=True):
+        assert first + length <= width
+        taken[row, first : first + length] += 1
+    assert taken.max() == 1
+    assert taken.sum() == sum(lengths)
+    assert height <= 11 / 9 * math.ceil(sum(lengths) / width) + 1  # first-fit decreasing's own bound
+
+
+def test_micro_batches_hold_rows_of_like_length() -> None:
+    whole = batcher(micro=2)
+    widths = [batch.input_ids.shape[1] for batch in whole.micro_batches(whole.plan.step_rows(0), GROUPS)]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] > widths[-1]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_share_out_each_epoch_exactly_once_the_same_way_every_time(world: int) -> None:
+    def epoch(number: int) -> list[list[str]]:
+        ranks = []
+        for rank in range(world):
+            own = batcher(rank, world)
+            steps = range(number * own.plan.steps_per_epoch, (number + 1) * own.plan.steps_per_epoch)
+            rows = [own.plan.step_rows(step) for step in steps]
+            ranks.append([own.forget.row_id(i) for r in rows for i in r.forget[own.share(r)]])
+        return ranks
+
+    for number in (0, 1, 5):
+        ranks = epoch(number)
+        assert epoch(number) == ranks
+        together = [row for rank in ranks for row in rank]
+        assert sorted(together) == sorted(str(i) for i in range(11))
+        assert len(set(together)) == len(together)
+    assert epoch(0) != epoch(1)

@@ -87,7 +87,7 @@ def test_hash_follows_the_result_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], [str(DEMO), "--dry-run"]])
-@pytest.mark.parametrize("pipeline", ["finetune", "unlearn", "evaluate", "promote"])
+@pytest.mark.parametrize("pipeline", ["prepare", "finetune", "unlearn", "evaluate", "promote"])
 def test_help_and_dry_run_load_no_framework(pipeline: str, arguments: list[str]) -> None:
     """Hence they are instant."""
     code = (

@@ -1,56 +1,147 @@
 import json
+import random
+import threading
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from components.config import Data, Files
-from components.data.prepare import prepare, read_rows
-from components.errors import DataError
+from components.config import Data, Files, FixedAnswers, Text
+from components.data import prepare as prepare_module
+from components.data import tokenise
+from components.data.overlap import find_overlap
+from components.data.prepare import Prepared, prepare, summary_of
+from components.data.prompts import TokenizerFacts
+from components.data.rows import PreparedRows
+from components.errors import ClusterError, DataError
 from components.models import load_tokenizer, tokenizer_facts
 from tests.conftest import people
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
+LENIENT = Data(max_bad_fraction=1.0)
 
 
-def jsonl(path: Path, lines: list) -> Files:
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-    return Files(type="files", path=str(path))
+@pytest.fixture(scope="session")
+def facts(base: Path) -> TokenizerFacts:
+    return tokenizer_facts(load_tokenizer(base))
 
 
-def test_good_rows_arrive_in_order_and_bad_ones_are_set_aside(tmp_path: Path, base: Path) -> None:
+def jsonl(path: Path, lines: list, **mapping: Any) -> Files:
+    encoded = [
+        line if isinstance(line, bytes) else line.encode() if isinstance(line, str) else _json(line) for line in lines
+    ]
+    path.write_bytes(b"\n".join(encoded))
+    return Files(type="files", path=str(path), **mapping)
+
+
+def _json(row: Any) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode()
+
+
+def rows(prepared: Prepared) -> list[dict]:
+    return PreparedRows(prepared.folder).table().to_pylist()
+
+
+def aside(prepared: Prepared) -> list[dict]:
+    files = sorted((prepared.folder / "quarantine").glob("*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def test_good_rows_arrive_in_order_and_bad_ones_are_set_aside(tmp_path: Path, base: Path, facts) -> None:
     tokenizer = load_tokenizer(base)
     good = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(50)]
     bad = ["{broken", {"question": "q"}, {"question": "q", "answer": " "}, {"question": 3, "answer": "a"},
            {"question": "q", "answer": "long " * 200}]  # fmt: skip
     source = jsonl(tmp_path / "x.jsonl", [*good[:25], *bad, *good[25:]])
-    data = Data(max_tokens=64, max_bad_fraction=0.2)
-    prepared = prepare([source], "pairs", data, tokenizer_facts(tokenizer), tmp_path)
+    prepared = prepare([source], "pairs", Data(max_tokens=64, max_bad_fraction=0.2), facts, tmp_path)
     assert (prepared.good, prepared.bad) == (50, 5)
-    rows = read_rows(prepared.folder).to_pylist()
-    texts = [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows]
+    found = rows(prepared)
+    texts = [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in found]
     assert texts == [f"Question: q{i}\nAnswer: a{i}" for i in range(50)]
-    assert [tokenizer.decode(r["input_ids"][r["answer_start"] :]) for r in rows[:2]] == [" a0<eos>", " a1<eos>"]
-    assert len({row["row_id"] for row in rows}) == 50
-    aside = [json.loads(line) for line in (prepared.folder / "quarantine.jsonl").read_text().splitlines()]
-    assert [row["line"] for row in aside] == [26, 27, 28, 29, 30]
-    assert all(row["file"] == str(tmp_path / "x.jsonl") for row in aside)
-    reasons = [row["reason"] for row in aside]
+    assert [tokenizer.decode(r["input_ids"][r["answer_start"] :]) for r in found[:2]] == [" a0<eos>", " a1<eos>"]
+    assert len({row["row_id"] for row in found}) == 50
+    left = aside(prepared)
+    assert [row["line"] for row in left] == [26, 27, 28, 29, 30]
+    assert all(row["file"] == str(tmp_path / "x.jsonl") for row in left)
+    reasons = [row["reason"] for row in left]
     assert reasons[0].startswith("not JSON")
     assert reasons[1:] == [
         "no column 'answer' among ['question']", "column 'answer' is empty", "column 'question' is not text",
         "longer than data.max_tokens=64",
     ]  # fmt: skip
-    assert aside[0]["raw"] == "{broken"
+    assert left[0]["raw"] == "{broken"
+    assert summary_of(prepared)["reasons"]["column 'answer' is empty"] == 1
 
 
-def test_text_that_is_not_unicode_or_has_no_prompt_is_set_aside(tmp_path: Path, base: Path) -> None:
+DAMAGE = {
+    "cut": (lambda row, rng: _json(row).decode()[: rng.randrange(1, 60)].encode(), "not JSON"),
+    "bytes": (lambda row, rng: _json(row)[:14] + b"\xff\xfe" + _json(row)[14:], "not UTF-8"),
+    "surrogate": (lambda row, rng: json.dumps({**row, "answer": "\ud83d"}).encode(), "not valid Unicode"),
+    "missing": (lambda row, rng: _json({"question": row["question"]}), "no column 'answer'"),
+    "empty": (lambda row, rng: _json({**row, "question": "\n "}), "column 'question' is empty"),
+    "type": (lambda row, rng: _json({**row, "answer": {"text": "x"}}), "column 'answer' is not text"),
+    "array": (lambda row, rng: _json(list(row.values())), "not a JSON object"),
+    "number": (lambda row, rng: b"17", "not a JSON object"),
+    "long": (lambda row, rng: _json({**row, "answer": "word " * 300}), "longer than"),
+    "garbage": (lambda row, rng: bytes(rng.choices(b'abc{}[]:,"\\ \t', k=30)) + b"}", "not JSON"),
+}
+
+
+def test_fuzz_every_good_row_arrives_and_every_bad_one_is_set_aside_once(tmp_path: Path, facts) -> None:
+    rng = random.Random(0)
+    expected_good: Counter = Counter()
+    expected_bad: dict[tuple[str, int], str] = {}
+    sources = []
+    for number in range(4):
+        lines: list[bytes] = []
+        for i in range(2500):
+            row = {"question": f"Where is {number}-{i}?", "answer": f"It is in é漢 {i}.\t{rng.random()}"}
+            if rng.random() < 0.25:
+                name = rng.choice(sorted(DAMAGE))
+                damage, reason = DAMAGE[name]
+                expected_bad[str(tmp_path / f"{number}.jsonl"), i + 1] = reason
+                lines.append(damage(row, rng))
+            else:
+                expected_good[f"Question: {row['question']}\nAnswer: {row['answer']}"] += 1
+                lines.append(_json(row))
+        sources.append(jsonl(tmp_path / f"{number}.jsonl", lines))
+    prepared = prepare(sources, "pairs", Data(max_tokens=200, max_bad_fraction=1.0), facts, tmp_path)
+    tokenizer = tokenise.Encoder(facts, tokenise.data_settings(LENIENT))
+    arrived = Counter(tokenizer.decode(row["input_ids"]).removesuffix("<eos>") for row in rows(prepared))
+    assert arrived == expected_good
+    left = aside(prepared)
+    assert len(left) == len(expected_bad) == prepared.bad
+    for row in left:
+        reason = expected_bad.pop((row["file"], row["line"]))
+        assert reason in row["reason"], row
+    assert not expected_bad
+    assert sum(summary_of(prepared)["reasons"].values()) == prepared.bad
+
+
+def test_a_task_that_runs_twice_writes_nothing_twice(tmp_path: Path, facts, monkeypatch) -> None:
+    source = jsonl(tmp_path / "x.jsonl", [{"question": "q", "answer": "a"}, "{broken"])
+    original = prepare_module._chunks
+
+    def doubled(files, folder):
+        for chunk in original(files, folder):
+            [table] = tokenise.read_chunks({key: [files[0][key]] for key in files[0]})
+            again = tokenise.tokenise_chunk(table, str(folder)).to_pylist()
+            assert again == [chunk]
+            yield chunk
+            yield again[0]
+
+    monkeypatch.setattr(prepare_module, "_chunks", doubled)
+    prepared = prepare([source], "pairs", LENIENT, facts, tmp_path)
+    assert (len(rows(prepared)), len(aside(prepared)), prepared.good, prepared.bad) == (1, 1, 1, 1)
+
+
+def test_text_that_is_not_unicode_or_has_no_prompt_is_set_aside(tmp_path: Path, facts) -> None:
     lines = ['{"question": "cut \\ud83d", "answer": "a"}', {"question": "q", "answer": "a"}]
-    data = Data(max_bad_fraction=0.5)
-    prepared = prepare(
-        [jsonl(tmp_path / "x.jsonl", lines)], "pairs", data, tokenizer_facts(load_tokenizer(base)), tmp_path
-    )
-    [aside] = (prepared.folder / "quarantine.jsonl").read_text().splitlines()
-    assert json.loads(aside)["reason"] == "column 'question' is not valid Unicode"
+    prepared = prepare([jsonl(tmp_path / "x.jsonl", lines)], "pairs", LENIENT, facts, tmp_path)
+    assert [row["reason"] for row in aside(prepared)] == ["column 'question' is not valid Unicode"]
     assert (prepared.good, prepared.bad) == (1, 1)
 
 
@@ -62,38 +153,230 @@ def test_a_tokenizers_saved_truncation_is_not_applied(tmp_path: Path, base: Path
     assert tokenizer_facts(load_tokenizer(tmp_path / "cut")) == clean
 
 
-def test_too_many_bad_rows_stop_with_reasons(tmp_path: Path, base: Path) -> None:
+def test_too_many_bad_rows_stop_with_reasons(tmp_path: Path, facts) -> None:
     source = jsonl(tmp_path / "x.jsonl", [{"question": "q", "answer": "a"}, {"prompt": "q", "answer": "a"}])
     with pytest.raises(
         DataError, match=r"1 of 2 rows are unusable .*no column 'question' among \['answer', 'prompt'\]"
     ):
-        prepare([source], "pairs", Data(), tokenizer_facts(load_tokenizer(base)), tmp_path)
+        prepare([source], "pairs", Data(), facts, tmp_path)
 
 
-def test_an_empty_file_is_told(tmp_path: Path, base: Path) -> None:
+def test_a_hopeless_set_is_not_read_to_its_end(tmp_path: Path, facts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "_HOPELESS", 50)
+    sources = [jsonl(tmp_path / f"{i}.jsonl", [{"prompt": "q", "answer": "a"}] * 100) for i in range(40)]
+    with pytest.raises(DataError, match="rows are unusable"):
+        prepare(sources, "pairs", Data(), facts, tmp_path)
+    [folder] = (tmp_path / "prepared").iterdir()
+    assert json.loads((folder / "summary.json").read_text())["bad"] < 4000
+
+
+def test_an_empty_file_is_told(tmp_path: Path, facts) -> None:
     with pytest.raises(DataError, match="Data is empty"):
-        prepare([jsonl(tmp_path / "x.jsonl", [])], "pairs", Data(), tokenizer_facts(load_tokenizer(base)), tmp_path)
+        prepare([jsonl(tmp_path / "x.jsonl", [])], "pairs", Data(), facts, tmp_path)
+    source = jsonl(tmp_path / "y.jsonl", [{"question": "q", "answer": "a"}], where="question == 'z'")
+    with pytest.raises(DataError, match=r"left out by where=1"):
+        prepare([source], "pairs", Data(), facts, tmp_path)
 
 
-def test_the_same_rows_are_found_again_and_changed_ones_are_not(tmp_path: Path, base: Path) -> None:
-    facts = tokenizer_facts(load_tokenizer(base))
+def test_a_file_that_cannot_be_read_is_our_error(tmp_path: Path, facts) -> None:
+    (tmp_path / "x.parquet").write_text("not parquet")
+    with pytest.raises(DataError, match=r"cannot be read \(path=.*x\.parquet"):
+        prepare([Files(type="files", path=str(tmp_path / "x.parquet"))], "pairs", Data(), facts, tmp_path)
+    assert not list((tmp_path / "prepared").iterdir())
+
+
+def test_the_same_rows_are_found_again_and_changed_ones_are_not(tmp_path: Path, facts) -> None:
     source = jsonl(tmp_path / "x.jsonl", [{"question": "q", "answer": "a"}])
     first = prepare([source], "pairs", Data(), facts, tmp_path)
     stamp = (first.folder / "summary.json").stat().st_mtime_ns
     assert prepare([source], "pairs", Data(), facts, tmp_path) == first
+    assert prepare([source], "pairs", Data(max_bad_fraction=0.5, overlap="keep"), facts, tmp_path) == first
     assert (first.folder / "summary.json").stat().st_mtime_ns == stamp
-    assert prepare([source], "pairs", Data(template="{prompt}"), facts, tmp_path).digest != first.digest
+    others = [
+        prepare([source], "pairs", Data(template="{prompt}"), facts, tmp_path),
+        prepare([source], "pairs", Data(max_tokens=100), facts, tmp_path),
+        prepare([source], "pairs", Data(), facts._replace(eos=0), tmp_path),
+        prepare([source], "answers", Data(), facts, tmp_path),
+        prepare([source.model_copy(update={"prompt": "{question}?"})], "pairs", Data(), facts, tmp_path),
+    ]
     jsonl(tmp_path / "x.jsonl", [{"question": "q", "answer": "b"}])
-    assert prepare([source], "pairs", Data(), facts, tmp_path).digest != first.digest
+    others.append(prepare([source], "pairs", Data(), facts, tmp_path))
+    assert len({prepared.digest for prepared in [first, *others]}) == 7
     assert not list((tmp_path / "prepared").glob("*.partial*"))
 
 
-def test_questions_carry_their_candidate_answers(tmp_path: Path, base: Path) -> None:
+def test_two_that_prepare_the_same_at_once_do_not_spoil_each_other(tmp_path: Path, facts) -> None:
+    lines = [{"question": f"q{i}", "answer": "a"} for i in range(3000)]
+    source = jsonl(tmp_path / "x.jsonl", lines)
+    done: list[Prepared] = []
+    threads = [
+        threading.Thread(target=lambda: done.append(prepare([source], "pairs", Data(), facts, tmp_path)))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 3
+    assert len(set(done)) == 1
+    assert len({row["row_id"] for row in rows(done[0])}) == 3000
+    assert len(list((tmp_path / "prepared").iterdir())) == 1
+
+
+def test_long_rows_are_set_aside_or_lose_their_end(tmp_path: Path, base: Path, facts) -> None:
+    tokenizer = load_tokenizer(base)
+    lines = [
+        {"question": "q", "answer": "word " * 50},
+        {"question": "q " * 50, "answer": "a"},
+        {"question": "q", "answer": "a"},
+    ]
+    source = jsonl(tmp_path / "x.jsonl", lines)
+    settings = {"max_tokens": 40, "max_bad_fraction": 1.0}
+    kept = prepare([source], "pairs", Data(**settings), facts, tmp_path)
+    assert (kept.good, kept.bad) == (1, 2)
+    cut = prepare([source], "pairs", Data(**settings, on_long="truncate"), facts, tmp_path)
+    assert [row["reason"] for row in aside(cut)] == ["prompt leaves no room for an answer in data.max_tokens=40"]
+    first, second = rows(cut)
+    assert len(first["input_ids"]) == 40
+    assert first["input_ids"][-1] != tokenizer.eos_token_id  # the answer is not over
+    assert second["input_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_filtered_rows_are_counted_and_not_set_aside(tmp_path: Path, facts) -> None:
+    lines = [{"question": "q", "answer": f"a{i}", "safe": i % 3 == 0} for i in range(9)]
+    prepared = prepare([jsonl(tmp_path / "x.jsonl", lines, where="safe == false")], "pairs", Data(), facts, tmp_path)
+    assert (prepared.good, prepared.bad, summary_of(prepared)["filtered"]) == (6, 0, 3)
+
+
+def test_an_answer_pool_of_fixed_texts(tmp_path: Path, base: Path, facts) -> None:
+    source = FixedAnswers(type="fixed", texts=["I do not know.", "No idea."])
+    found = rows(prepare([source], "answers", Data(), facts, tmp_path))
+    assert [load_tokenizer(base).decode(row["input_ids"]) for row in found] == [
+        " I do not know.<eos>",
+        " No idea.<eos>",
+    ]
+    assert [row["answer_start"] for row in found] == [0, 0]
+
+
+def test_a_book_becomes_windows_that_hold_all_of_it(tmp_path: Path, base: Path, facts) -> None:
+    text = "".join(f"Chapter {i}: Zama went to the town of Ilmarsh.\n" for i in range(3000))
+    (tmp_path / "book.txt").write_text(text)
+    source = Text(type="text", path=str(tmp_path / "book.txt"), prefix_tokens=16, continuation_tokens=48)
+    prepared = prepare([source], "pairs", Data(), facts, tmp_path)
+    tokenizer = load_tokenizer(base)
+    found = rows(prepared)
+    assert all(len(row["input_ids"]) == 64 and row["answer_start"] == 16 for row in found)
+    windows = [tokenizer.decode(row["input_ids"]) for row in found]
+    place = 0
+    for window in windows:  # each begins where the last one ended, or before
+        at = text.find(window, max(0, place - 64 * 12))
+        assert 0 <= at <= place
+        place = at + len(window)
+    assert place == len(text)
+    assert prepare([source], "questions", Data(), facts, tmp_path).good == prepared.good
+
+
+def test_normal_rows_that_stand_in_forget_too(tmp_path: Path, facts) -> None:
+    forget = jsonl(tmp_path / "f.jsonl", [{"question": f"q{i}", "answer": "Yes, so it is."} for i in range(5)])
+    lines = [{"question": f"n{i}", "answer": "a"} for i in range(20)]
+    lines[3] = {"question": "q1", "answer": "Yes, so it is."}
+    lines[11] = {"question": " Q2", "answer": "yes,  so it IS."}
+    lines[12] = {"question": "q1", "answer": "another answer to the same question"}
+    normal = jsonl(tmp_path / "n.jsonl", lines)
+    sets = [prepare([source], "pairs", Data(), facts, tmp_path) for source in (forget, normal)]
+    with pytest.raises(
+        DataError, match=r"2 normal row\(s\) stand in forget too \(exactly: 1, .*line 4; source 1, line 12"
+    ):
+        find_overlap(*sets, "error", tmp_path)
+    overlap = find_overlap(*sets, "drop_from_normal", tmp_path)
+    assert overlap is not None
+    assert (overlap.exact, overlap.alike) == (1, 1)
+    left = PreparedRows(sets[1].folder, overlap.rows)
+    every = PreparedRows(sets[1].folder)
+    assert len(left) == 18
+    expected = [every.row_id(i) for i in range(20) if i not in (3, 11)]
+    assert [left.row_id(i) for i in range(18)] == expected
+    assert left.table()["row_id"].to_pylist() == expected
+    np.testing.assert_array_equal(left.answer(17), every.answer(19))
+    assert find_overlap(sets[0], sets[0]._replace(digest="x" * 32), "keep", tmp_path).exact == 5
+
+
+def test_reading_stops_when_enough_rows_are_there(tmp_path: Path, facts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`data.cache: false`: the first rows in the order of the sources, whatever was done first."""
+    sources = [
+        jsonl(tmp_path / f"{k}.jsonl", [{"question": f"q{k}-{i}", "answer": "a"} for i in range(10)]) for k in range(12)
+    ]
+    prepared = prepare(sources, "pairs", Data(), facts, tmp_path, need=25)
+    every = [row["row_id"] for row in rows(prepare(sources, "pairs", Data(), facts, tmp_path))]
+    assert [row["row_id"] for row in rows(prepared)] == every[:30]
+    assert len(list((prepared.folder / "rows").iterdir())) == 3
+
+
+def test_rows_are_at_hand_one_by_one(tmp_path: Path, facts, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [
+        jsonl(tmp_path / f"{k}.jsonl", [{"question": f"q{i}", "answer": f"a{k}"} for i in range(k)]) for k in (3, 1, 7)
+    ]
+    opened = PreparedRows(prepare(sources, "pairs", Data(), facts, tmp_path).folder)
+    table = opened.table().to_pylist()
+    assert len(opened) == len(table) == 11
+    for i, row in enumerate(table):
+        assert [*opened.prompt(i), *opened.answer(i)] == row["input_ids"]
+        assert opened.lengths(i) == (row["answer_start"], len(row["input_ids"]) - row["answer_start"])
+        assert opened.row_id(i) == row["row_id"]
+    assert opened.longest_prompt == max(row["answer_start"] for row in table)
+
+
+def test_questions_carry_their_candidate_answers(tmp_path: Path, base: Path, facts) -> None:
     tokenizer = load_tokenizer(base)
     source = people("forget", paraphrased_answer="paraphrased_answer", perturbed_answer="perturbed_answer")
-    rows = read_rows(prepare([source], "questions", Data(), tokenizer_facts(tokenizer), tmp_path).folder).to_pylist()
-    assert len(rows) == 15
-    for row in rows:
+    found = rows(prepare([source], "questions", Data(), facts, tmp_path))
+    assert len(found) == 15
+    for row in found:
         assert len(row["answers"]) == 7
         assert tokenizer.decode(row["answers"][0]) == f" {row['answer']}<eos>"
         assert tokenizer.decode(row["input_ids"]) == f"Question: {row['question']}\nAnswer:"
+
+
+def test_progress_is_told(tmp_path: Path, facts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "_TELL_EVERY", 0.0)
+    told: list[str] = []
+    sources = [jsonl(tmp_path / f"{i}.jsonl", [{"question": f"q{i}", "answer": "a"}] * 10) for i in range(4)]
+    prepare(sources, "pairs", Data(), facts, tmp_path, tell=told.append)
+    assert len(told) == 4
+    assert told[-1].startswith("40 rows ")
+    assert told[-1].endswith("100%  left 0s")
+
+
+def test_a_stall_ends_with_its_cause(tmp_path: Path, facts) -> None:
+    import ray
+
+    @ray.remote(num_cpus=4)
+    class Greedy:
+        def ready(self) -> bool:
+            return True
+
+    greedy = Greedy.remote()
+    ray.get(greedy.ready.remote())
+    context = ray.data.DataContext.get_current()
+    before = context.execution_no_progress_timeout_s
+    context.execution_no_progress_timeout_s = 5
+    try:
+        source = jsonl(tmp_path / "x.jsonl", [{"question": "q", "answer": "a"}])
+        with pytest.raises(ClusterError, match=r"got no further for 5 s \(free CPUs=0 of 4\)"):
+            prepare([source], "pairs", Data(), facts, tmp_path)
+    finally:
+        context.execution_no_progress_timeout_s = before
+        ray.kill(greedy)
+    assert not list((tmp_path / "prepared").iterdir())
+
+
+def test_rows_files_are_read_without_decoding(tmp_path: Path, facts) -> None:
+    """Uncompressed and of one batch: a row is a view into the file."""
+    source = jsonl(tmp_path / "x.jsonl", [{"question": f"q{i}", "answer": "a"} for i in range(100)])
+    prepared = prepare([source], "pairs", Data(), facts, tmp_path)
+    [file] = (prepared.folder / "rows").iterdir()
+    before = pa.total_allocated_bytes()
+    with pa.memory_map(str(file)) as stream:
+        table = pa.ipc.open_file(stream).read_all()
+    assert len(table["input_ids"].chunks) == 1
+    assert pa.total_allocated_bytes() - before < file.stat().st_size / 4

@@ -1,14 +1,32 @@
 import gzip
 import json
+import logging
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from components.config import Files, HuggingFace
-from components.data.sources import fingerprint, read_records, source_files
+from components.config import Files, HuggingFace, Text
+from components.data import locations
+from components.data.mapping import Unusable, examples, parse
+from components.data.sources import fingerprint, open_records, read_records, source_files
 from components.errors import DataError
 
 ROWS = [{"question": "a?", "answer": "b ü"}, {"question": "c?", "answer": 'd, "e"'}]
+
+
+def fields(record) -> dict:
+    return parse(record)
+
+
+def reason(record) -> str:
+    try:
+        parse(record)
+    except Unusable as unusable:
+        return str(unusable)
+    return ""
 
 
 def files(path: Path | list[str] | str, **more) -> Files:
@@ -40,9 +58,9 @@ def write(path: Path) -> Path:
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.json", "x.csv", "x.parquet"])
 def test_every_format_gives_the_same_records(tmp_path: Path, name: str) -> None:
     records = read(files(write(tmp_path / name)))
-    assert [record.fields for record in records] == ROWS
+    assert [fields(record) for record in records] == ROWS
     assert all(record.error is None for record in records)
-    assert [record.fields for record in read(files(tmp_path / name, limit=1))] == ROWS[:1]
+    assert [fields(record) for record in read(files(tmp_path / name, limit=1))] == ROWS[:1]
 
 
 def test_saved_hugging_face_folder(tmp_path: Path) -> None:
@@ -50,7 +68,7 @@ def test_saved_hugging_face_folder(tmp_path: Path) -> None:
 
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "hf")
     source = HuggingFace(type="huggingface", path=str(tmp_path / "hf"))
-    assert [record.fields for record in read(source)] == ROWS
+    assert [fields(record) for record in read(source)] == ROWS
 
 
 def test_hub_out_of_reach_is_one_paragraph() -> None:
@@ -62,14 +80,8 @@ def test_broken_lines_keep_their_place_and_reason(tmp_path: Path) -> None:
     lines = [b'{"a": "1"}', b"", b"{broken", b'["no", "object"]', b'{"a": "\xff"}', b'{"a": "2"}']
     (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines))
     records = read(files(tmp_path / "x.jsonl"))
-    assert [(r.line, r.fields is not None) for r in records] == [
-        (1, True),
-        (3, False),
-        (4, False),
-        (5, False),
-        (6, True),
-    ]
-    assert [r.error.split(":")[0] for r in records if r.error] == ["not JSON", "not a JSON object", "not UTF-8"]
+    reasons = {1: "", 3: "not JSON", 4: "not a JSON object", 5: "not UTF-8", 6: ""}
+    assert {record.line: reason(record).split(":")[0] for record in records} == reasons
 
 
 def test_csv_rows_of_another_width_are_bad(tmp_path: Path) -> None:
@@ -77,11 +89,52 @@ def test_csv_rows_of_another_width_are_bad(tmp_path: Path) -> None:
     assert [record.error is None for record in read(files(tmp_path / "x.csv"))] == [True, False, False]
 
 
+def test_a_csv_row_that_is_not_utf8_spoils_no_other(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(b"question,answer\na,b\nc,\xff\ne,f\n")
+    rows = [fields(record) for record in read(files(tmp_path / "x.csv"))]
+    assert [row["question"] for row in rows] == ["a", "c", "e"]
+    with pytest.raises(Unusable, match="'answer' is not valid Unicode"):
+        examples(rows[1], files(tmp_path / "x.csv"), "pairs")
+
+
+def test_lines_are_records_whatever_the_suffix_says(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b"I do not know.\n\nNo \xff.\nNo idea.")
+    records = read(files(tmp_path / "x.jsonl", format="lines"))
+    assert [(r.line, reason(r)) for r in records] == [(1, ""), (3, "not UTF-8"), (4, "")]
+    assert fields(records[2]) == {"text": "No idea."}
+
+
+@pytest.mark.parametrize("name", ["book.txt", "book.txt.gz"])
+def test_plain_text_comes_in_blocks_of_whole_lines(tmp_path: Path, name: str) -> None:
+    lines = [f"line {i} {'x' * 50}\n".encode() for i in range(5000)]
+    damaged = [*lines[:1000], b"bad \xff\n", *lines[1000:]]
+    content = b"".join(damaged)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    records = read(Text(type="text", path=str(tmp_path / name)))
+    assert [(r.line, r.data) for r in records if r.error] == [(1001, b"bad \xff\n")]
+    blocks = [r for r in records if not r.error]
+    assert "".join(fields(r)["text"] for r in blocks).encode() == b"".join(lines)
+    assert 3 < len(blocks) < 10
+    assert fields(blocks[1])["text"].startswith(
+        f"line {blocks[1].line - 2 if blocks[1].line > 1001 else blocks[1].line - 1} "
+    )
+
+
+def test_the_share_read_is_known_for_every_format(tmp_path: Path) -> None:
+    for name in ("x.jsonl", "x.jsonl.gz", "x.csv", "x.parquet"):
+        reading = open_records(files(write(tmp_path / name)), str(tmp_path / name))
+        assert len(list(reading.records)) == 2
+        assert reading.fraction() == 1.0
+
+
 def test_globs_and_lists(tmp_path: Path) -> None:
     for name in ("b", "a"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"name": name}))
-    assert [r.fields["name"] for r in read(files(tmp_path / "*.jsonl"))] == ["a", "b"]
-    assert [r.fields["name"] for r in read(files([str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")]))] == ["b", "a"]
+    assert [fields(r)["name"] for r in read(files(tmp_path / "*.jsonl"))] == ["a", "b"]
+    assert [fields(r)["name"] for r in read(files([str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")]))] == [
+        "b",
+        "a",
+    ]
     with pytest.raises(DataError, match="not found"):
         source_files(files(tmp_path / "c.jsonl"))
 
@@ -97,7 +150,80 @@ def test_unreadable_files_name_themselves(tmp_path: Path) -> None:
 
 def test_fingerprint_follows_the_bytes(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl")
-    before = fingerprint(files(path))
-    assert before == fingerprint(files(path))
+    before = fingerprint(files(path), tmp_path)
+    assert before == fingerprint(files(path), tmp_path)
     path.write_text(path.read_text() + "\n{}")
-    assert before != fingerprint(files(path))
+    assert before != fingerprint(files(path), tmp_path)
+
+
+def test_a_large_file_is_hashed_again_only_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locations, "_HASH_AGAIN_BELOW", 10)
+    path = write(tmp_path / "x.jsonl")
+    before = fingerprint(files(path), tmp_path)
+    with monkeypatch.context() as still:
+        still.setattr(locations, "_hash", lambda file: pytest.fail("hashed again"))
+        assert fingerprint(files(path), tmp_path) == before
+    path.write_text(path.read_text().replace("a?", "z?"))
+    assert fingerprint(files(path), tmp_path) != before
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An S3 server of our own, reached as its users reach theirs: by the environment."""
+    from moto.server import ThreadedMotoServer
+    from pyarrow import fs
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    for name, value in {
+        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    locations._connect.cache_clear()
+    store = fs.S3FileSystem(endpoint_override=endpoint, allow_bucket_creation=True)
+    store.create_dir("bucket")
+    yield store
+    server.stop()
+    locations._connect.cache_clear()
+
+
+def test_s3_gives_the_same_records_as_the_disk(tmp_path: Path, bucket: Any) -> None:
+    for name in ("a.jsonl", "b.jsonl.gz", "c.csv", "d.parquet", "e.json"):
+        with bucket.open_output_stream(f"bucket/data/{name}", compression=None) as stream:
+            stream.write(write(tmp_path / name).read_bytes())
+        assert [fields(r) for r in read(files(f"s3://bucket/data/{name}"))] == ROWS, name
+    assert source_files(files("s3://bucket/data/*.jsonl*")) == [
+        "s3://bucket/data/a.jsonl",
+        "s3://bucket/data/b.jsonl.gz",
+    ]
+    with bucket.open_output_stream("bucket/book.txt") as stream:
+        stream.write(b"Once upon a time.\n")
+    [block] = read(Text(type="text", path="s3://bucket/book.txt"))
+    assert fields(block) == {"text": "Once upon a time.\n"}
+
+
+def test_s3_fingerprint_follows_the_object(tmp_path: Path, bucket: Any) -> None:
+    def put(content: bytes) -> str:
+        with bucket.open_output_stream("bucket/x.jsonl") as stream:
+            stream.write(content)
+        return fingerprint(files("s3://bucket/x.jsonl"), tmp_path)
+
+    first = put(b"{}")
+    assert fingerprint(files("s3://bucket/x.jsonl"), tmp_path) == first
+    assert put(b"{ }") != first
+
+
+def test_what_is_wrong_with_a_bucket_is_told(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match=r"not found \(path=s3://bucket/none"):
+        source_files(files("s3://bucket/none*.jsonl"))
+    with pytest.raises(DataError, match="unknown kind of store"):
+        source_files(files("ftp://bucket/x.jsonl"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    locations._connect.cache_clear()
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"cannot be reached \(path=s3://bucket/x\.jsonl"):
+        source_files(files("s3://bucket/x.jsonl"))
+    assert time.monotonic() - started < 30

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from components.config import AdamW, GradientAscent, KlToOriginal, Nll, Objective, RandomResponse, Soul, Train
 from components.data.prepare import Prepared
 from components.errors import ClusterError, DataError, ModelError, TrainingError
-from components.models import fingerprint, load_model
+from components.models import check_packing, fingerprint, load_model
+from components.objectives.terms import kl_to_original
 from components.training.batches import Batcher
 from components.training.job import Job
 from components.training.launch import run_job
 from components.training.loop import combine, make_batcher, sample_labels
-from components.training.reference import reference_pass
+from components.training.reference import Reference, needs, reference_pass
 
 OBJECTIVE = Objective(
     forget=GradientAscent(type="gradient_ascent", weight=0.2),
@@ -46,20 +47,21 @@ def original(base: Path, streams: dict[str, Prepared], storage: Path) -> Path:
     return output
 
 
-@pytest.fixture(scope="session")
-def reference(original: Path, streams: dict[str, Prepared], storage: Path) -> Path:
-    return reference_pass(original, fingerprint(original), streams["normal"], TRAIN, storage)
-
-
 @pytest.fixture
-def make_job(original: Path, reference: Path, streams: dict[str, Prepared], tmp_path: Path):
+def make_job(original: Path, streams: dict[str, Prepared], storage: Path, tmp_path: Path):
     def make(name: str, train: Train = TRAIN, **changes) -> Job:
         settings = {
             "model": str(original), "output": str(tmp_path / name), "metrics": str(tmp_path / f"{name}.jsonl"),
-            "reference": str(reference), "objective": OBJECTIVE, "optimizer": SOUL, "train": train, "max_tokens": 96,
+            "objective": OBJECTIVE, "optimizer": SOUL, "train": train, "max_tokens": 96,
             "seed": 5, **{stream: str(prepared.folder) for stream, prepared in streams.items()},
         }  # fmt: skip
-        return Job(**{**settings, **changes})
+        job = Job(**{**settings, **changes})
+        here = job.model_copy(update={"train": job.train.model_copy(update={"workers": 0})})
+        reference = {
+            group: str(reference_pass(here, group, what, fingerprint(original), storage))
+            for group, what in needs(job.objective).items()
+        }
+        return job.model_copy(update={"reference": reference})
 
     return make
 
@@ -90,10 +92,6 @@ def plain_loop(job: Job, steps: int) -> dict[str, torch.Tensor]:
     m = {name: torch.zeros_like(p) for name, p in names.items()}
     h = {name: torch.zeros_like(p) for name, p in names.items()}
 
-    def answer_logits(net, prompt: np.ndarray, answer: np.ndarray) -> torch.Tensor:
-        ids = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))[None]
-        return net(input_ids=ids).logits[0, len(prompt) - 1 : -1]
-
     def nll(net, prompt: np.ndarray, answer: np.ndarray) -> torch.Tensor:
         targets = torch.from_numpy(answer.astype(np.int64))
         return torch.nn.functional.cross_entropy(answer_logits(net, prompt, answer), targets, reduction="sum")
@@ -104,9 +102,10 @@ def plain_loop(job: Job, steps: int) -> dict[str, torch.Tensor]:
         forget, normal, pool = batcher.forget, batcher.normal, batcher.pool
         if step % SOUL.hessian_interval == 0:
             uniforms = next(iter(one_batch(batcher).micro_batches(rows, ("normal",), labels_key=step)))
-            split = uniforms.groups["normal"].uniforms.split([int(normal.answer_lengths[i]) for i in rows.normal])
+            shared = rows.normal[batcher.share(rows)]
+            split = uniforms.groups["normal"].uniforms.split([normal.lengths(i)[1] for i in shared])
             total = 0.0
-            for i, u in zip(rows.normal, split, strict=True):
+            for i, u in zip(shared, split, strict=True):
                 logits = answer_logits(model, normal.prompt(i), normal.answer(i))
                 total = total + torch.nn.functional.cross_entropy(logits, sample_labels(logits, u), reduction="sum")
             model.zero_grad()
@@ -204,7 +203,7 @@ def test_forgetting_goes_the_right_way(make_job, tmp_path: Path) -> None:
 def test_a_term_left_out_is_not_computed(make_job, tmp_path: Path) -> None:
     job = make_job(
         "ascent", TRAIN.model_copy(update={"steps": 2}), objective=Objective(forget=OBJECTIVE.forget), random=None,
-        normal=None, reference=None, optimizer=AdamW(type="adamw"),
+        normal=None, optimizer=AdamW(type="adamw"),
     )  # fmt: skip
     run_job(job, tmp_path)
     assert {key for key in lines(job)[0] if key.endswith("_loss")} == {"train/forget_loss"}
@@ -215,7 +214,7 @@ def test_bf16_keeps_fp32_masters(make_job, tmp_path: Path) -> None:
     train = TRAIN.model_copy(update={"dtype": "bf16", "steps": 30, "gradient_clipping": 0.0})
     objective = Objective(forget=OBJECTIVE.forget, random=OBJECTIVE.random)
     optimizer = AdamW(type="adamw", lr=2e-5)
-    job = make_job("bf16", train, objective=objective, optimizer=optimizer, normal=None, reference=None)
+    job = make_job("bf16", train, objective=objective, optimizer=optimizer, normal=None)
     moved = run(job, tmp_path)
     start = load_file(Path(job.model) / "model.safetensors")
     assert all(tensor.dtype == torch.bfloat16 for tensor in moved.values())
@@ -247,10 +246,8 @@ def test_a_gradient_that_is_not_finite_stops_before_any_update(
     assert not (tmp_path / "nan").exists()
 
 
-def test_bf16_trains_with_curvature_and_kl(make_job, original: Path, streams, tmp_path: Path) -> None:
-    train = TRAIN.model_copy(update={"dtype": "bf16", "steps": 6})
-    reference = reference_pass(original, fingerprint(original), streams["normal"], train, tmp_path)
-    job = make_job("bf16", train, reference=str(reference))
+def test_bf16_trains_with_curvature_and_kl(make_job, tmp_path: Path) -> None:
+    job = make_job("bf16", TRAIN.model_copy(update={"dtype": "bf16", "steps": 6}))
     run_job(job, tmp_path)
     assert lines(job)[0]["train/normal_loss"] == pytest.approx(0, abs=1e-2)
     assert all(np.isfinite(line["train/loss"]) for line in lines(job))
@@ -277,30 +274,96 @@ def test_more_workers_than_the_cluster_has_are_refused_at_once(make_job, tmp_pat
         run_job(make_job("many", TRAIN.model_copy(update={"workers": 64})), tmp_path)
 
 
-def test_cached_reference_gives_the_live_kl(original: Path, reference: Path, make_job) -> None:
-    job = make_job("kl")
-    batcher = one_batch(make_batcher(job, 0, 1, torch.device("cpu")))
-    assert batcher.reference is not None
-    frozen = load_model(original)
+def answer_logits(net, prompt: np.ndarray, answer: np.ndarray) -> torch.Tensor:
+    ids = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))[None]
+    return net(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+
+
+def test_cached_reference_gives_the_live_kl(original: Path, base: Path, make_job) -> None:
+    """The KL to the cached original equals that of two live models within 1e-6, on every row."""
+    batcher = make_batcher(make_job("kl"), 0, 1, torch.device("cpu"))
+    reference = batcher.references["normal"]
+    frozen, other = load_model(original), load_model(base)
     with torch.no_grad():
         for i in range(len(batcher.normal)):
-            ids = np.concatenate([batcher.normal.prompt(i), batcher.normal.answer(i)]).astype(np.int64)
-            live = frozen(input_ids=torch.from_numpy(ids)[None]).logits[0, len(batcher.normal.prompt(i)) - 1 : -1]
-            torch.testing.assert_close(batcher.reference.logits(batcher.reference.hidden(i)), live, rtol=0, atol=1e-5)
+            prompt, answer = batcher.normal.prompt(i), batcher.normal.answer(i)
+            ours = answer_logits(other, prompt, answer)
+            cached, _ = kl_to_original(ours, reference.logits(reference.hidden(i)))
+            live, _ = kl_to_original(ours, answer_logits(frozen, prompt, answer))
+            assert abs(float(cached - live)) / len(answer) < 1e-6
+
+
+def test_cached_log_probabilities_are_the_live_ones(original: Path, make_job, storage: Path) -> None:
+    job = make_job("logp")
+    batcher = make_batcher(job, 0, 1, torch.device("cpu"))
+    found = {g: Reference(reference_pass(job, g, "logp", fingerprint(original), storage)) for g in ("forget", "random")}
+    frozen = load_model(original)
+
+    def live(prompt: np.ndarray, answer: np.ndarray) -> torch.Tensor:
+        logp = torch.log_softmax(answer_logits(frozen, prompt, answer), -1)
+        return logp[torch.arange(len(answer)), torch.from_numpy(answer.astype(np.int64))]
+
+    with torch.no_grad():
+        for step in (0, 7, 19):
+            rows = batcher.plan.step_rows(step)
+            for j, i in enumerate(rows.forget):
+                prompt = batcher.forget.prompt(i)
+                expected = live(prompt, batcher.forget.answer(i))
+                torch.testing.assert_close(found["forget"].logp(i), expected, rtol=0, atol=1e-6)
+                for k, drawn in enumerate(rows.random[j]):
+                    expected = live(prompt, batcher.pool.answer(drawn))
+                    key = int(rows.counter[j]) * 2 + k
+                    torch.testing.assert_close(found["random"].logp(key), expected, rtol=0, atol=1e-6)
+            given = batcher._replace(references=found)
+            for batch in given.micro_batches(rows, ("forget", "random")):
+                for group in ("forget", "random"):
+                    assert batch.groups[group].original_logp.shape == batch.groups[group].targets.shape
+
+
+def test_only_rows_that_the_steps_use_pass_through_the_original(original: Path, make_job, storage: Path) -> None:
+    short, whole = (make_job("few", TRAIN.model_copy(update={"steps": steps})) for steps in (2, 20))
+    reference = Reference(Path(short.reference["normal"]))
+    batcher = make_batcher(short, 0, 1, torch.device("cpu"))
+    used = np.concatenate([batcher.plan.step_rows(step).normal for step in range(2)])
+    for i in range(len(batcher.normal)):
+        if i in used:
+            assert len(reference.hidden(i)) == batcher.normal.lengths(i)[1]
+        else:
+            with pytest.raises(IndexError):
+                reference.hidden(i)
+    assert short.reference != whole.reference
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_reference_pass_on_workers_gives_the_same(original: Path, reference: Path, streams, tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
+def test_reference_pass_on_workers_gives_the_same(original: Path, make_job, tmp_path: Path) -> None:
+    job = make_job("many", TRAIN.model_copy(update={"workers": 2, "cpus_per_worker": 0.5}))
+    here, there = job.reference["normal"], reference_pass(job, "normal", "hidden", fingerprint(original), tmp_path)
+    keys = np.load(there / "keys.npy")
+    for key in keys:
+        a, b = (Reference(Path(folder)).hidden(int(key)) for folder in (here, there))
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
-    train = TRAIN.model_copy(update={"workers": 2, "cpus_per_worker": 0.5})
-    other = reference_pass(original, fingerprint(original), streams["normal"], train, tmp_path)
-    tables = [pq.read_table(folder / "hidden.parquet")["hidden"].to_pylist() for folder in (reference, other)]
-    for a, b in zip(*tables, strict=True):
-        torch.testing.assert_close(
-            torch.frombuffer(bytearray(a), dtype=torch.float32), torch.frombuffer(bytearray(b), dtype=torch.float32),
-            rtol=0, atol=1e-5,
-        )  # fmt: skip
+
+def test_packing_changes_nothing(make_job, tmp_path: Path) -> None:
+    """Sequences that share a row must not see each other: with curvature, KL and several micro-batches."""
+    train = TRAIN.model_copy(update={"steps": 6, "micro_batch_size": 3})
+    apart = run(make_job("apart", train), tmp_path)
+    together = run(make_job("together", train.model_copy(update={"packing": True})), tmp_path)
+    assert distance(apart, together) < 1e-5
+
+
+def test_a_model_that_mixes_packed_sequences_is_refused(original: Path) -> None:
+    class Leaking(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = load_model(original)
+
+        def base_model(self, input_ids, use_cache, position_ids=None):  # forgets where the sequences begin
+            return self.inner.base_model(input_ids=input_ids, use_cache=use_cache)
+
+    check_packing(load_model(original), original)
+    with pytest.raises(ModelError, match="mixes sequences that share a row"):
+        check_packing(Leaking(), original)
 
 
 def test_sampled_labels_follow_the_distribution() -> None:

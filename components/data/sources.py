@@ -2,17 +2,19 @@
 
 import csv
 import functools
-import glob
 import gzip
-import hashlib
+import io
 import json
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from components.config import Files, HuggingFace, People, Source, digest
+from components.config import Files, FixedAnswers, HuggingFace, People, PoolSource, Text, digest
+from components.data import locations
 from components.data.people import people_rows
 from components.errors import DataError
+
+_TEXT_BLOCK = 1 << 16  # characters that plain text is tokenised in at once
 
 
 class Record(NamedTuple):
@@ -20,45 +22,46 @@ class Record(NamedTuple):
 
     line: int
     """Place in the file: line number for text formats, else row number; from 1."""
-    fields: dict[str, Any] | None
-    """None when the line cannot be read."""
+    data: bytes
+    """The record as a JSON object, or what could be read of it."""
     error: str | None = None
-    raw: str | None = None
 
 
-def source_files(source: Source) -> list[str]:
-    """What one task reads: absolute paths for files, one name for the other kinds.
+class Reading(NamedTuple):
+    """A file being read."""
+
+    records: Iterator[Record]
+    fraction: Callable[[], float | None]
+    """How much of the file has been read, from 0 to 1; None where nobody can tell."""
+
+
+def source_files(source: PoolSource) -> list[str]:
+    """What one task reads: absolute paths or URLs for files, one name for the other kinds.
 
     Raises:
         DataError: when a path or glob matches nothing.
     """
     if isinstance(source, People):
         return [f"people:{source.split}"]
+    if isinstance(source, FixedAnswers):
+        return ["recipe"]
     if isinstance(source, HuggingFace):
         return [str(Path(source.path).resolve()) if Path(source.path).is_dir() else source.path]
-    found: list[str] = []
-    for pattern in [source.path] if isinstance(source.path, str) else source.path:
-        matches = sorted(glob.glob(pattern, recursive=True))
-        if not matches:
-            raise DataError(f"Data file not found (path={pattern}). Expected a file or a glob that matches one.")
-        found += [str(Path(match).resolve()) for match in matches]
-    return found
+    return locations.find(source.path)
 
 
-def fingerprint(source: Source) -> str:
-    """Hex digest that changes with the content read: file bytes, hub id and revision, or the benchmark's settings."""
-    if isinstance(source, People):
+def fingerprint(source: PoolSource, storage: Path) -> str:
+    """Hex digest that changes with the content read: of files, a hub data set's commit, or the settings themselves."""
+    if isinstance(source, People | FixedAnswers):
         return digest(source.model_dump(mode="json"), 64)
     if isinstance(source, HuggingFace) and not Path(source.path).is_dir():
         return digest([source.model_dump(mode="json"), hub_commit(source.path, source.revision)], 64)
-    total = hashlib.sha256()
+    files = []
     for name in source_files(source):
         path = Path(name)
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                with file.open("rb") as stream:
-                    total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()
+        whole = path.is_dir() and not locations.is_remote(name)
+        files += [str(file) for file in sorted(path.rglob("*")) if file.is_file()] if whole else [name]
+    return digest([locations.content_digest(file, storage / "fingerprints") for file in files], 64)
 
 
 @functools.cache
@@ -78,95 +81,162 @@ def hub_commit(path: str, revision: str | None) -> str:
         raise DataError(_UNREACHABLE.format(path=path, error=type(error).__name__)) from error
 
 
-def read_records(source: Source, file: str) -> Iterator[Record]:
-    """The records of one of `source_files(source)`, at most `source.limit`; unreadable lines come with an error.
+def read_records(source: PoolSource, file: str) -> Iterator[Record]:
+    """The records of one of `source_files(source)`; see `open_records`."""
+    return open_records(source, file).records
+
+
+def open_records(source: PoolSource, file: str) -> Reading:
+    """Read one of `source_files(source)`, at most `source.limit` records; unreadable lines come with an error.
 
     Raises:
         DataError: when the file as a whole cannot be read.
     """
+    if isinstance(source, FixedAnswers):
+        return Reading(_numbered([{"text": text} for text in source.texts]), lambda: None)
     if isinstance(source, People):
         settings = source.model_dump(include={"people", "forget_people", "holdout_people", "seed"})
-        records: Iterator[Record] = _numbered(people_rows(source.split, **settings))
+        reading = Reading(_numbered(people_rows(source.split, **settings)), lambda: None)
     elif isinstance(source, HuggingFace):
-        records = _read_hugging_face(source, file)
+        reading = Reading(_read_hugging_face(source, file), lambda: None)
     else:
-        records = _read_file(source, file)
+        reading = _read_file(source, file)
+    return reading._replace(records=_first(reading.records, source.limit))
+
+
+def _first(records: Iterator[Record], limit: int | None) -> Iterator[Record]:
     for count, record in enumerate(records):
-        if source.limit is not None and count >= source.limit:
+        if limit is not None and count >= limit:
             return
         yield record
 
 
 def _numbered(rows: Iterable[Any]) -> Iterator[Record]:
     for number, row in enumerate(rows, start=1):
-        if isinstance(row, dict):
-            yield Record(number, row)
-        else:
-            yield Record(number, None, "not a JSON object", json.dumps(row, default=str))
+        data = json.dumps(row, default=str).encode()
+        yield Record(number, data, None if isinstance(row, dict) else "not a JSON object")
 
 
-def _read_file(source: Files, file: str) -> Iterator[Record]:
-    suffixes = [suffix for suffix in Path(file).suffixes if suffix != ".gz"]
-    kind = suffixes[-1] if suffixes else ""
-    try:
-        if kind == ".parquet":
-            yield from _read_parquet(file)
-        elif kind == ".csv":
-            yield from _read_csv(file)
-        elif kind in (".json", ".jsonl", ".ndjson"):
-            yield from _read_json(file)
-        else:
-            raise DataError(f"Data file has an unknown suffix (path={file}). Expected .jsonl, .json, .csv or .parquet.")
-    except (OSError, ValueError, csv.Error) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"Data file cannot be read (path={file}): {error}. Expected a whole {kind} file.") from error
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _open(file: str, mode: str) -> Any:
-    return gzip.open(file, mode) if file.endswith(".gz") else open(file, mode)
+def _read_file(source: Files | Text, file: str) -> Reading:
+    kind = "text" if isinstance(source, Text) else _format(source, file)
+    if kind == "parquet":
+        return _guarded(_read_parquet(file), file, kind)
+    raw = locations.open_file(file)
+    total = max(1, locations.size(file))
+    stream = gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else raw if hasattr(raw, "peek") else _buffered(raw)
+    readers: dict[str, Any] = {"csv": _read_csv, "json": _read_json, "lines": _read_lines, "text": _read_text}
+    return _guarded(
+        Reading(readers[kind](stream), lambda: 1.0 if raw.closed else min(1.0, raw.tell() / total)), file, kind
+    )
 
 
-def _read_parquet(file: str) -> Iterator[Record]:
+def _buffered(stream: Any) -> Any:
+    return io.BufferedReader(stream, 1 << 20)
+
+
+def _format(source: Files, file: str) -> str:
+    if source.format != "auto":
+        return source.format
+    suffixes = [suffix for suffix in PurePosixPath(file).suffixes if suffix != ".gz"]
+    suffix = suffixes[-1] if suffixes else ""
+    known = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    if suffix not in known:
+        raise DataError(
+            f"Data file has an unknown suffix (path={file}). Expected .jsonl, .json, .csv or .parquet, or the source's "
+            "format said; plain text has type: text."
+        )
+    return known[suffix]
+
+
+def _guarded(reading: Reading, file: str, kind: str) -> Reading:
+    def records() -> Iterator[Record]:
+        try:
+            yield from reading.records
+        except (OSError, EOFError, ValueError, csv.Error) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(
+                f"Data file cannot be read (path={file}): {error}. Expected a whole {kind} file."
+            ) from error
+
+    return reading._replace(records=records())
+
+
+def _read_parquet(file: str) -> Reading:
     import pyarrow.parquet as pq
 
+    done = 0
+    total: int | None = None
+
     def rows() -> Iterator[dict[str, Any]]:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
+        nonlocal done, total
+        with pq.ParquetFile(locations.open_file(file, random_access=True)) as table:
+            total = table.metadata.num_rows
+            for batch in table.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+                done += batch.num_rows
 
-    return _numbered(rows())
-
-
-def _read_csv(file: str) -> Iterator[Record]:
-    with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8-sig", newline="") as stream:
-        csv.field_size_limit(2**31 - 1)  # the default refuses answers longer than 128 KiB
-        reader = csv.DictReader(stream)
-        for row in reader:
-            if None in row or None in row.values():
-                yield Record(reader.line_num, None, "number of fields differs from the header's", json.dumps(str(row)))
-            else:
-                yield Record(reader.line_num, row)
+    return Reading(_numbered(rows()), lambda: done / total if total else None)
 
 
-def _read_json(file: str) -> Iterator[Record]:
-    """JSON lines, or one JSON array when the file begins with `[`."""
-    with _open(file, "rb") as stream:
-        if stream.peek(64).lstrip()[:1] == b"[":
-            yield from _numbered(json.loads(stream.read()))
-            return
-        for number, line in enumerate(stream, start=1):
-            line = line.rstrip(b"\r\n")
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError:
-                yield Record(number, None, "not UTF-8", repr(line))
-            except json.JSONDecodeError as error:
-                yield Record(number, None, f"not JSON: {error.msg}", line.decode())
-            else:
-                is_object = isinstance(fields, dict)
-                yield Record(number, fields) if is_object else Record(number, None, "not a JSON object", line.decode())
+def _read_csv(stream: Any) -> Iterator[Record]:
+    # Bytes that are not UTF-8 become lone surrogates here, which set aside their own row and no other.
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    csv.field_size_limit(2**31 - 1)  # the default refuses answers longer than 128 KiB
+    reader = csv.DictReader(text)
+    for row in reader:
+        if None in row or None in row.values():
+            data = json.dumps({str(key): value for key, value in row.items()}).encode()
+            yield Record(reader.line_num, data, "number of fields differs from the header's")
+        else:
+            yield Record(reader.line_num, json.dumps(row).encode())
+
+
+def _read_json(stream: Any) -> Iterator[Record]:
+    """JSON lines as they are, to be parsed by whoever uses them, or one JSON array when the file begins with `[`."""
+    if stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+        yield from _numbered(json.loads(stream.read().decode("utf-8-sig")))
+        return
+    for number, line in enumerate(stream, start=1):
+        if line.strip():
+            yield Record(number, line.rstrip(b"\r\n"))
+
+
+def _read_lines(stream: Any) -> Iterator[Record]:
+    for number, line in enumerate(stream, start=1):
+        if line.strip():
+            yield _text_record(number, line.rstrip(b"\r\n"))
+
+
+def _read_text(stream: Any) -> Iterator[Record]:
+    """Blocks of whole lines; a line that is not UTF-8 is a record of its own."""
+    block: list[str] = []
+    length, first = 0, 1
+    for number, line in enumerate(stream, start=1):
+        try:
+            block.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError:
+            yield Record(number, line, "not UTF-8")
+            continue
+        length += len(block[-1])
+        if length >= _TEXT_BLOCK:
+            yield Record(first, json.dumps({"text": "".join(block)}).encode())
+            block, length, first = [], 0, number + 1
+    if "".join(block).strip():
+        yield Record(first, json.dumps({"text": "".join(block)}).encode())
+
+
+def _text_record(number: int, line: bytes) -> Record:
+    try:
+        return Record(number, json.dumps({"text": line.decode("utf-8-sig")}).encode())
+    except UnicodeDecodeError:
+        return Record(number, line, "not UTF-8")
+
+
+# --- Hugging Face ----------------------------------------------------------------------------------------------------
 
 
 def _read_hugging_face(source: HuggingFace, path: str) -> Iterator[Record]:
@@ -179,8 +249,9 @@ def _read_hugging_face(source: HuggingFace, path: str) -> Iterator[Record]:
             rows = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             rows = datasets.load_dataset(
-                path, source.subset, split=source.split, revision=source.revision, streaming=True
-            )
+                path, source.subset, data_dir=source.data_dir, split=source.split, revision=source.revision,
+                streaming=True,
+            )  # fmt: skip
         yield from _numbered(rows)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         kind = f"{type(error).__name__}: {str(error)[:200]}"
@@ -189,5 +260,5 @@ def _read_hugging_face(source: HuggingFace, path: str) -> Iterator[Record]:
 
 _UNREACHABLE = (
     "Data set cannot be loaded (path={path}): {error}. Expected a hub id within reach or a folder written by "
-    "datasets.save_to_disk. Without network, give the files with type: files."
+    "datasets.save_to_disk. Without network, give data.folder or the files with type: files."
 )

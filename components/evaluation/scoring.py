@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 
 from components.batch_inference import map_batches
 from components.config import Evaluation, Train, digest
-from components.data.prepare import Prepared, read_rows
+from components.data.prepare import Prepared
+from components.data.rows import PreparedRows
 from components.files import whole_folder
 from components.models import answer_text, context_length, inference_device, load_model, load_tokenizer
 
@@ -27,7 +28,7 @@ def score(
     if not file.exists():
         tables = []
         for name, prepared in sets.items():
-            rows = read_rows(prepared.folder)
+            rows = PreparedRows(prepared.folder).table()
             tables.append(rows.append_column("set", pa.array([name] * rows.num_rows)))
         rows = pa.concat_tables(tables)
         outputs = map_batches(

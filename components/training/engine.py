@@ -22,12 +22,15 @@ class AnswerLogits(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """[rows, length] ids and [n] flat positions → [n, vocabulary] logits.
 
-        No attention mask: rows are right-padded and attention is causal.
+        No attention mask: rows are right-padded and attention is causal. Where `position_ids` begin anew within a row,
+        transformers keeps the sequences apart, but only without an attention mask and without a cache.
         """
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden = self.model.base_model(
+            input_ids=input_ids, use_cache=False, **({} if position_ids is None else {"position_ids": position_ids})
+        ).last_hidden_state
         return self.model.get_output_embeddings()(hidden.flatten(0, 1)[positions])
 
 

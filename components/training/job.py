@@ -1,6 +1,13 @@
 """One training job as plain data: everything `train_loop` needs, so that it can cross to any process."""
 
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import Field
+
 from components.config import Objective, Optimizer, Section, Train
+from components.data.rows import PreparedRows
+from components.data.streams import Plan
 
 
 class Job(Section):
@@ -16,10 +23,47 @@ class Job(Section):
     """Folders of prepared rows; None when no term uses them."""
     normal: str | None = None
     random: str | None = None
-    reference: str | None = None
-    """Folder of the original model's reference pass over the normal rows; needed by kl_to_original."""
+    normal_without: str | None = None
+    """File with the indices of normal rows to leave out."""
+    reference: dict[str, str] = Field(default={})
+    """Folder of the original model's reference pass, for each group whose term needs one."""
     objective: Objective
     optimizer: Optimizer
     train: Train
     max_tokens: int
     seed: int
+
+
+class Sets(NamedTuple):
+    """The rows that a job trains on; None where no term uses them."""
+
+    forget: PreparedRows | None
+    normal: PreparedRows | None
+    pool: PreparedRows | None
+
+
+def open_sets(job: Job) -> Sets:
+    """The job's prepared rows, memory-mapped."""
+    without = Path(job.normal_without) if job.normal_without else None
+    return Sets(
+        forget=PreparedRows(Path(job.forget)) if job.forget else None,
+        normal=PreparedRows(Path(job.normal), without) if job.normal else None,
+        pool=PreparedRows(Path(job.random)) if job.random else None,
+    )
+
+
+def make_plan(job: Job, sets: Sets) -> Plan:
+    """Which rows each step uses."""
+    return Plan(
+        seed=job.seed,
+        batch_size=job.train.batch_size,
+        forget=len(sets.forget) if sets.forget else 0,
+        normal=len(sets.normal) if sets.normal else 0,
+        pool=len(sets.pool) if sets.pool else 0,
+        responses=job.objective.random.responses if job.objective.random else 0,
+    )
+
+
+def total_steps(job: Job, plan: Plan) -> int:
+    """Optimizer steps of the whole job."""
+    return job.train.steps or job.train.epochs * plan.steps_per_epoch

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.config import KlToOriginal, Objective
-from components.data.prepare import read_rows
-from components.data.streams import Plan, StepRows
+from components.config import Objective
+from components.data.streams import StepRows
 from components.errors import DataError, TrainingError
 from components.files import whole_folder
-from components.models import load_model, load_tokenizer, quiet_libraries, save_model
+from components.models import check_packing, load_model, load_tokenizer, quiet_libraries, save_model
 from components.objectives.terms import TERMS
 from components.optimizers.choose import learning_rate, make_optimizer
 from components.optimizers.soul import Soul
-from components.training.batches import Answers, Batcher, MicroBatch, Reference, Rows, to_device
+from components.training.batches import Answers, Batcher, MicroBatch, to_device
 from components.training.engine import backward, consolidated_state, hessian_step, optimizer_step, start_engine
-from components.training.job import Job
+from components.training.job import Job, make_plan, open_sets, total_steps
+from components.training.reference import Reference
 
 
 def train_loop(job: Job, rank: int, world: int, device: torch.device) -> dict[str, Any]:
@@ -32,8 +32,10 @@ def train_loop(job: Job, rank: int, world: int, device: torch.device) -> dict[st
     """
     quiet_libraries()
     batcher = make_batcher(job, rank, world, device)
-    steps = job.train.steps or job.train.epochs * batcher.plan.steps_per_epoch
+    steps = total_steps(job, batcher.plan)
     model = load_model(Path(job.model)).to(device)
+    if job.train.packing:
+        check_packing(model, Path(job.model))
     optimizer = make_optimizer(job.optimizer, model)
     engine = start_engine(model, optimizer, job.train)
     terms = {name: term for name, term in job.objective if term is not None}
@@ -53,8 +55,8 @@ def train_loop(job: Job, rank: int, world: int, device: torch.device) -> dict[st
         sums: dict[str, Tensor] = {}
         for k, batch in enumerate(micro_batches):
             batch = to_device(batch, device)
-            logits = engine(batch.input_ids, batch.positions)
-            loss, parts = combine(logits, batch, job.objective, counts, batcher.reference)
+            logits = engine(batch.input_ids, batch.positions, batch.position_ids)
+            loss, parts = combine(logits, batch, job.objective, counts, batcher.references)
             for name, value in parts.items():
                 sums[name] = sums.get(name, torch.zeros((), device=device)) + value
             # DeepSpeed averages gradients over the ranks; the terms are already divided by global counts.
@@ -88,32 +90,21 @@ def train_loop(job: Job, rank: int, world: int, device: torch.device) -> dict[st
 
 
 def make_batcher(job: Job, rank: int, world: int, device: torch.device) -> Batcher:
-    """Read the prepared rows that the objective uses."""
-    forget, normal, pool = (
-        Rows(read_rows(Path(folder))) if folder else None for folder in (job.forget, job.normal, job.random)
-    )
-    if forget and pool:
-        longest = int((forget.lengths - forget.answer_lengths).max() + pool.answer_lengths.max())
+    """Open the prepared rows that the objective uses."""
+    sets = open_sets(job)
+    if sets.forget and sets.pool:
+        longest = sets.forget.longest_prompt + sets.pool.longest_answer
         if longest > job.max_tokens:
             raise DataError(
                 f"A random response does not fit behind the longest forget prompt (tokens={longest}). Expected at "
                 f"most data.max_tokens={job.max_tokens}. Raise it or take shorter responses."
             )
-    plan = Plan(
-        seed=job.seed,
-        batch_size=job.train.batch_size,
-        forget=len(forget) if forget else 0,
-        normal=len(normal) if normal else 0,
-        pool=len(pool) if pool else 0,
-        responses=job.objective.random.responses if job.objective.random else 0,
-    )
-    needs_reference = isinstance(job.objective.normal, KlToOriginal)
-    reference = Reference(Path(job.reference), device) if job.reference and needs_reference else None
-    return Batcher(plan, forget, normal, pool, reference, job.train.micro_batch_size, rank, world)
+    references = {group: Reference(Path(folder), device) for group, folder in job.reference.items()}
+    return Batcher(make_plan(job, sets), *sets, references, job.train.micro_batch_size, job.train.packing, rank, world)
 
 
 def combine(
-    logits: Tensor, batch: MicroBatch, objective: Objective, counts: dict[str, int], reference: Reference | None
+    logits: Tensor, batch: MicroBatch, objective: Objective, counts: dict[str, int], references: dict[str, Reference]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """ε1·L_fgt + ε2·L_rdn + ε3·L_nor of one micro-batch, each term over its global token count.
 
@@ -126,7 +117,7 @@ def combine(
             continue
         answers = batch.groups[group]
         function, inputs = TERMS[term.type]
-        total, metrics = function(**_term_inputs(logits, answers, inputs, reference))
+        total, metrics = function(**_term_inputs(logits, answers, inputs, references.get(group)))
         loss = loss + term.weight * total / counts[group]
         parts["loss"] = parts["loss"] + (term.weight * total / counts[group]).detach()
         parts[f"{group}_loss"] = total.detach() / counts[group]
@@ -146,6 +137,9 @@ def _term_inputs(
         assert reference is not None
         assert answers.hidden is not None
         inputs["original_logits"] = reference.logits(answers.hidden)
+    if "original_logp" in names:
+        assert answers.original_logp is not None
+        inputs["original_logp"] = answers.padded(answers.original_logp)
     return {name: inputs[name] for name in names}
 
 
@@ -177,7 +171,7 @@ def _refresh_hessian(
     with hessian_step(engine, optimizer, tokens):
         for k, batch in enumerate(micro_batches):
             batch = to_device(batch, device)
-            logits = engine(batch.input_ids, batch.positions)
+            logits = engine(batch.input_ids, batch.positions, batch.position_ids)
             uniforms = torch.cat([batch.groups[group].uniforms for group in groups])  # type: ignore[misc]
             labels = sample_labels(logits, uniforms)
             loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / tokens

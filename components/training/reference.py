@@ -1,61 +1,219 @@
-"""The original model's part of the KL term, computed once: no second model sits in memory while training."""
+"""What the original model says of the rows, computed once: no second model sits in memory while training.
 
+Only rows that the job's steps use are passed through the model, length-bucketed, in parts that the workers write
+themselves; what a later job with the same rows needs is found again.
+"""
+
+import functools
+import hashlib
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from components.batch_inference import map_batches
-from components.config import Train
-from components.data.prepare import Prepared, read_rows
+from components.batch_inference import run_parts
+from components.config import Objective, digest
+from components.console import duration
+from components.data.rows import PreparedRows
+from components.data.streams import Plan
 from components.files import whole_folder
 from components.models import inference_device, load_model
+from components.training.job import Job, make_plan, open_sets, total_steps
+
+What = Literal["hidden", "logp"]
+"""hidden: last hidden states, which times the frozen output layer give the logits exactly. logp: log-probabilities."""
+
+_PART = 256  # sequences that one task passes through the model and writes to one file
+_TELL_EVERY = 3.0  # seconds
 
 
-def reference_pass(model: Path, model_hash: str, normal: Prepared, train: Train, storage: Path) -> Path:
-    """Folder with the last hidden states that predict each answer token of `normal`, and the output layer.
+class _Sequences(NamedTuple):
+    """What goes through the model."""
 
-    Found again by (model, rows, dtype). `hidden.parquet` has one row per normal row, in order: `hidden` holds
-    [answer tokens, hidden size] numbers of the dtype of `head.safetensors`.
+    keys: np.ndarray
+    """[n] sorted: row index for forget and normal; row counter x K + k for the k-th random response."""
+    prompts: np.ndarray
+    """[n] row indices of the prompts."""
+    answers: np.ndarray
+    """[n] row indices of the answers."""
+
+
+def needs(objective: Objective) -> dict[str, What]:
+    """What each group's term asks of the original model."""
+    from components.objectives.terms import TERMS  # imports torch
+
+    inputs = {group: TERMS[term.type][1] for group, term in objective if term is not None}
+    wanted: dict[str, What] = {group: "hidden" for group, names in inputs.items() if "original_logits" in names}
+    return wanted | {group: "logp" for group, names in inputs.items() if "original_logp" in names}
+
+
+def reference_pass(
+    job: Job, group: str, what: What, model_hash: str, storage: Path, tell: Callable[[str], None] | None = None
+) -> Path:
+    """Folder with what the job's model says of the answers of `group`; read it with `Reference`.
+
+    Found again by (model, rows, dtype). `tell` gets a line of progress every few seconds.
     """
-    folder = storage / "reference" / f"{model_hash[:16]}-{normal.digest[:16]}-{train.dtype}"
+    sets = open_sets(job)
+    plan = make_plan(job, sets)
+    sequences = _sequences(group, plan, total_steps(job, plan))
+    sources = {
+        "forget": (job.forget, job.forget, None),
+        "random": (job.forget, job.random, None),
+        "normal": (job.normal, job.normal, job.normal_without),
+    }[group]
+    made_from = {
+        "model": model_hash, "dtype": job.train.dtype, "what": what,
+        "rows": [source and "/".join(Path(source).parts[-2:]) for source in sources],
+        "sequences": [hashlib.sha256(array.tobytes()).hexdigest() for array in sequences],
+    }  # fmt: skip
+    folder = storage / "reference" / f"{group}-{what}-{digest(made_from, 24)}"
     if folder.exists():
         return folder
-    from safetensors.torch import save_file
-
-    rows = read_rows(normal.folder).select(["input_ids", "answer_start"])
-    loaded = load_model(model, train.dtype)
-    head = loaded.get_output_embeddings()
-    tensors = {"weight": head.weight.detach().clone()}
-    if getattr(head, "bias", None) is not None:
-        tensors["bias"] = head.bias.detach().clone()
-    del loaded
-    hidden = map_batches(
-        rows, HiddenStates, (str(model), train.dtype), lengths=pa.compute.list_value_length(rows["input_ids"]),
-        batch_size=4 * train.micro_batch_size, train=train,
-    )  # fmt: skip
     with whole_folder(folder) as partial:
-        save_file(tensors, partial / "head.safetensors")
-        pq.write_table(hidden, partial / "hidden.parquet")
+        for name, array in sequences._asdict().items():
+            np.save(partial / f"{name}.npy", array)
+        if what == "hidden":
+            _save_head(Path(job.model), job.train.dtype, partial / "head.safetensors")
+        arguments = (job.model, job.train.dtype, what, sources, str(partial), 4 * job.train.micro_batch_size)
+        started = told = time.monotonic()
+        done = 0
+        for size in run_parts(-(-len(sequences.keys) // _PART), ReferenceWorker, arguments, job.train):
+            done += size
+            if tell and time.monotonic() - told > _TELL_EVERY:
+                told = time.monotonic()
+                share = done / len(sequences.keys)
+                left = (told - started) * (1 / share - 1)
+                tell(f"{done:,} rows  {done / (told - started):,.0f} rows/s  {share:.0%}  left {duration(left)}")
     return folder
 
 
-class HiddenStates:
-    """Batch inference of the model without its output layer."""
+def _sequences(group: str, plan: Plan, steps: int) -> _Sequences:
+    if group == "normal":
+        rows = plan.normal_rows(steps)
+        return _Sequences(rows, rows, rows)
+    if group == "forget":
+        rows = np.unique(np.concatenate([plan.step_rows(s).forget for s in range(min(steps, plan.steps_per_epoch))]))
+        return _Sequences(rows, rows, rows)
+    used = [plan.step_rows(step) for step in range(steps)]
+    counters = np.concatenate([rows.counter for rows in used])
+    k = plan.responses
+    return _Sequences(
+        keys=(counters[:, None] * k + np.arange(k)).ravel(),
+        prompts=np.repeat(np.concatenate([rows.forget for rows in used]), k),
+        answers=np.concatenate([rows.random for rows in used]).ravel(),
+    )
 
-    def __init__(self, model: str, dtype: str):
+
+def _save_head(model: Path, dtype: str, file: Path) -> None:
+    from safetensors.torch import save_file
+
+    head = load_model(model, dtype).get_output_embeddings()
+    tensors = {"weight": head.weight.detach().clone()}
+    if getattr(head, "bias", None) is not None:
+        tensors["bias"] = head.bias.detach().clone()
+    save_file(tensors, file)
+
+
+class ReferenceWorker:
+    """Batch inference of one part: reads the rows, writes `part-<number>.arrow`, returns the number of sequences."""
+
+    def __init__(
+        self, model: str, dtype: str, what: What, sources: tuple[str, str, str | None], folder: str, batch_size: int
+    ):
+        prompts, answers, without = sources
+        self.prompts = PreparedRows(Path(prompts), Path(without) if without else None)
+        self.answers = self.prompts if answers == prompts else PreparedRows(Path(answers))
+        self.folder, self.what, self.batch_size = Path(folder), what, batch_size
+        self.rows = [np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("prompts", "answers")]
         self.device = inference_device()
         self.model = load_model(Path(model), dtype).to(self.device)
 
-    def __call__(self, rows: pa.Table) -> pa.Table:
+    def __call__(self, part: int) -> int:
+        here = slice(part * _PART, (part + 1) * _PART)
+        pairs = [
+            (self.prompts.prompt(int(i)), self.answers.answer(int(j)))
+            for i, j in zip(*(array[here] for array in self.rows), strict=True)
+        ]
+        order = np.argsort([-len(prompt) - len(answer) for prompt, answer in pairs], kind="stable")
+        results: list[Any] = [None] * len(pairs)
+        for first in range(0, len(order), self.batch_size):
+            chosen = order[first : first + self.batch_size]
+            for i, result in zip(chosen, self._pass([pairs[i] for i in chosen]), strict=True):
+                results[i] = result
+        kind = pa.large_binary() if self.what == "hidden" else pa.list_(pa.float32())
+        table = pa.table({self.what: pa.array(results, kind)})
+        file = self.folder / f"part-{part:06d}.arrow"
+        partial = file.with_name(f"{file.name}.{os.getpid()}")
+        with pa.OSFile(str(partial), "wb") as stream, pa.ipc.new_file(stream, table.schema) as writer:
+            writer.write_table(table)
+        os.replace(partial, file)
+        return len(pairs)
+
+    def _pass(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[Any]:
         import torch
 
-        ids = [torch.tensor(row, device=self.device) for row in rows["input_ids"].to_pylist()]
-        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        ids = [torch.from_numpy(np.concatenate(pair).astype(np.int64)) for pair in pairs]
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(self.device)
+        out = []
         with torch.no_grad():
             states = self.model.base_model(input_ids=padded, use_cache=False).last_hidden_state
-        out = []
-        for row, (tokens, start) in enumerate(zip(ids, rows["answer_start"].to_pylist(), strict=True)):
-            answer = states[row, start - 1 : len(tokens) - 1].contiguous().cpu()
-            out.append(answer.view(torch.uint8).numpy().tobytes())
-        return pa.table({"hidden": pa.array(out, pa.large_binary())})
+            for row, (prompt, answer) in enumerate(pairs):
+                own = states[row, len(prompt) - 1 : len(prompt) + len(answer) - 1]
+                if self.what == "hidden":
+                    out.append(own.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+                    continue
+                targets = torch.from_numpy(answer.astype(np.int64)).to(self.device)
+                logits = self.model.get_output_embeddings()(own).float()
+                out.append((-torch.nn.functional.cross_entropy(logits, targets, reduction="none")).cpu().numpy())
+        return out
+
+
+class Reference:
+    """The original model's word on one group's answers, read memory-mapped from a `reference_pass` folder."""
+
+    def __init__(self, folder: Path, device: Any = "cpu"):
+        from safetensors.torch import load_file
+
+        self._folder = folder
+        self._keys = np.load(folder / "keys.npy", mmap_mode="r")
+        self._part = functools.lru_cache(maxsize=128)(self._open_part)
+        head = (
+            load_file(folder / "head.safetensors", device=str(device)) if (folder / "head.safetensors").exists() else {}
+        )
+        self.weight, self.bias = head.get("weight"), head.get("bias")
+
+    def hidden(self, key: int) -> Any:
+        """[answer tokens, hidden size] states at the positions that predict the answer's tokens."""
+        import torch
+
+        assert self.weight is not None
+        flat = torch.frombuffer(bytearray(self._find(key, "hidden").as_buffer()), dtype=self.weight.dtype)
+        return flat.view(-1, self.weight.shape[1])
+
+    def logp(self, key: int) -> Any:
+        """[answer tokens] log-probabilities of the answer's tokens."""
+        import torch
+
+        return torch.from_numpy(self._find(key, "logp").values.to_numpy().copy())
+
+    def logits(self, hidden: Any) -> Any:
+        """[n, hidden size] → [n, vocabulary], exactly the original's."""
+        import torch
+
+        assert self.weight is not None
+        return torch.nn.functional.linear(hidden, self.weight, self.bias)
+
+    def _find(self, key: int, column: str) -> Any:
+        place = int(np.searchsorted(self._keys, key))
+        if place == len(self._keys) or self._keys[place] != key:
+            raise IndexError(f"no reference for key {key} in {self._folder}")
+        return self._part(place // _PART)[column].chunk(0)[place % _PART]
+
+    def _open_part(self, part: int) -> pa.Table:
+        with pa.memory_map(str(self._folder / f"part-{part:06d}.arrow")) as stream, pa.ipc.open_file(stream) as reader:
+            return reader.read_all()

@@ -1,0 +1,153 @@
+"""Prepare a recipe's sets and show some of their rows, without a model's weights.
+
+    python pipelines/prepare.py pipelines/recipes/demo.yaml [section.field=value ...] [--show N] [--dry-run]
+
+Prints for each set how many rows there are, how many were set aside and why, and what stands in both forget and
+normal. Answers are shown in brackets, their tokens parted by bars. What is prepared here is found again by unlearn.py.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from components.config import Pretrained, Recipe
+from components.console import table
+from components.data.overlap import Overlap, find_overlap
+from components.data.prepare import Prepared, prepare, summary_of
+from components.data.prompts import Encoder, TokenizerFacts, answer_tokens_marked
+from components.data.rows import PreparedRows
+from components.data.tokenise import data_settings
+from components.models import load_tokenizer, tokenizer_facts, tokenizer_folder
+from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
+from pipelines.finetune import base_folder, check_context, check_sources, count_rows, planned_steps, telling
+
+
+class Streams(NamedTuple):
+    """Prepared rows of the terms that the objective has."""
+
+    forget: Prepared | None
+    normal: Prepared | None
+    random: Prepared | None
+    overlap: Overlap | None
+    """Normal rows that stand in forget too."""
+    without: Path | None
+    """File that names the normal rows to leave out."""
+
+    def sets(self) -> dict[str, Prepared]:
+        """Those that there are, by name."""
+        named = {"forget": self.forget, "normal": self.normal, "random": self.random}
+        return {name: prepared for name, prepared in named.items() if prepared}
+
+
+def run(command: Command) -> None:
+    """Prepare the sets that the objective uses, sum them up and show rows."""
+    recipe = command.recipe
+    check_sources(recipe)
+    storage = storage_folder(recipe)
+    place = storage if recipe.data.cache else storage / "prepared-once"
+    with ray_session():
+        facts = _tokenizer(recipe)
+        try:
+            streams = prepare_streams(recipe, facts, place)
+            say(described(streams))
+            for name, prepared in streams.sets().items():
+                for line in preview(prepared, Encoder(facts, data_settings(recipe.data)), command.show):
+                    say(f"\n{name} {line}")
+        finally:
+            if not recipe.data.cache:
+                shutil.rmtree(place, ignore_errors=True)
+
+
+def plan(command: Command) -> str:
+    """What would be read, for --dry-run."""
+    data = command.recipe.data
+    counts = {name: count_rows(getattr(data, name)) for name in ("forget", "normal", "random")}
+    shown = ", ".join(f"{name} {'unknown' if count is None else count}" for name, count in counts.items())
+    return f"\nPlan: records {shown}; prepared under {storage_folder(command.recipe) / 'prepared'}"
+
+
+def prepare_streams(recipe: Recipe, facts: TokenizerFacts, place: Path) -> Streams:
+    """Prepare under `place` what the objective uses, or find it there.
+
+    Raises:
+        DataError: when too many rows are bad, or rows stand in both forget and normal against `data.overlap`.
+    """
+    data, objective = recipe.data, recipe.objective
+    forget = normal = pool = overlap = None
+    if objective.forget or objective.random:
+        forget = prepare(data.forget, "pairs", data, facts, place, tell=telling("forget"))
+    if objective.normal:
+        need = None if data.cache else _rows_needed(recipe, forget)
+        normal = prepare(data.normal, "pairs", data, facts, place, need=need, tell=telling("normal"))
+    if objective.random:
+        pool = prepare(data.random, "answers", data, facts, place, tell=telling("random"))
+    if forget and normal:
+        overlap = find_overlap(forget, normal, data.overlap, place)
+    without = overlap.rows if overlap and data.overlap == "drop_from_normal" else None
+    return Streams(forget, normal, pool, overlap, without)
+
+
+def _rows_needed(recipe: Recipe, forget: Prepared | None) -> int | None:
+    """Normal rows that the run uses when none is used twice."""
+    steps = planned_steps(recipe.train, forget.good if forget else None)
+    return steps * recipe.train.batch_size if steps else None
+
+
+def described(streams: Streams) -> str:
+    """A table of the sets, and what is to be known of rows set aside or standing in two sets."""
+    keys = ["good", "bad", "filtered", "tokens", "longest_prompt", "longest_answer"]
+    found = {name: summary_of(prepared) for name, prepared in streams.sets().items()}
+    rows = [[name, *(f"{summary[key]:,}" for key in keys)] for name, summary in found.items()]
+    header = ["set", "rows", "set aside", "filtered", "tokens", "longest prompt", "longest answer"]
+    return "\n".join([table(header, rows), *notes(streams)])
+
+
+def notes(streams: Streams) -> list[str]:
+    """A line for each reason to set rows aside, where they are listed, and the overlap."""
+    lines = []
+    for name, prepared in streams.sets().items():
+        reasons = summary_of(prepared)["reasons"]
+        lines += [f"{name}: {count} set aside: {reason}" for reason, count in reasons.items()]
+        lines += [f"{name}: listed in {prepared.folder / 'quarantine'}"] if reasons else []
+    if both := streams.overlap:
+        what = "left out" if streams.without else "kept"
+        lines.append(
+            f"normal: {both.exact} rows that stand in forget too and {both.alike} that differ in letter case or "
+            f"spaces only: {what}"
+        )
+    return lines
+
+
+def data_counts(streams: Streams) -> dict[str, float]:
+    """Rows used, set aside and filtered of each set, for MLflow."""
+    names = {"good": "rows", "bad": "set_aside", "filtered": "filtered"}
+    return {
+        f"{name}_{shown}": summary_of(prepared)[key]
+        for name, prepared in streams.sets().items()
+        for key, shown in names.items()
+    }
+
+
+def preview(prepared: Prepared, encoder: Encoder, count: int) -> list[str]:
+    """The first rows of a set as text, answer tokens marked."""
+    rows = PreparedRows(prepared.folder)
+    lines = []
+    for i in range(min(count, len(rows))):
+        prompt, answer = rows.prompt(i), rows.answer(i)
+        sizes = f"prompt {len(prompt)} tokens, answer {len(answer)}"
+        lines.append(f"row {i + 1}, {sizes}\n  {answer_tokens_marked(encoder, prompt.tolist(), answer.tolist())}")
+    return lines
+
+
+def _tokenizer(recipe: Recipe) -> TokenizerFacts:
+    model = recipe.models.original or (recipe.finetune.base if recipe.finetune else None)
+    assert model is not None  # the recipe's own check
+    storage = storage_folder(recipe)
+    folder = tokenizer_folder(model, storage) if isinstance(model, Pretrained) else base_folder(recipe)
+    check_context(recipe, folder)
+    return tokenizer_facts(load_tokenizer(folder))
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(__doc__, run, plan, shows_rows=True))
