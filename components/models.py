@@ -282,6 +282,7 @@ def quiet_libraries() -> None:
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")  # Ray Data, of a small set
 
 
 def answer_text(tokenizer: Any, ids: list[int]) -> str:

@@ -7,6 +7,7 @@ The original knows everything; retain-only never saw the forget set.
 Both are kept under <storage>/models by the hash of what they were made from, and found again.
 """
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,9 +31,9 @@ from components.config import (
 from components.console import duration
 from components.data import locations
 from components.data.mapping import source_texts
-from components.data.overlap import find_overlap
-from components.data.prepare import prepare
-from components.data.prompts import DEFAULT_TEMPLATE
+from components.data.overlap import Overlap, find_overlap
+from components.data.prepare import prepare, prepared_digest
+from components.data.prompts import DEFAULT_TEMPLATE, TokenizerFacts
 from components.data.rows import PreparedRows
 from components.data.sources import fingerprint as source_fingerprint
 from components.data.sources import hub_commit, read_records, source_files
@@ -114,24 +115,25 @@ def _make(recipe: Recipe, name: str, sources: Sequence[Source]) -> Model:
     base = base_folder(recipe)
     check_context(recipe, base)
     facts = tokenizer_facts(load_tokenizer(base))
-    prepared = prepare(sources, "pairs", recipe.data, facts, storage, tell=telling(name))
     made_from: list[Any] = [
         fingerprint(base),
-        prepared.digest,
+        prepared_digest(sources, "pairs", recipe.data, facts, storage),
         recipe.seed,
         finetune.optimizer.model_dump(),
         _result_of(finetune.train),
     ]
-    overlap = None
-    if name == "retain_only" and recipe.data.forget and recipe.data.overlap != "keep":
-        forget = prepare(recipe.data.forget, "pairs", recipe.data, facts, storage, tell=telling("forget"))
-        overlap = find_overlap(forget, prepared, recipe.data.overlap, storage)
-        made_from += [forget.digest] if overlap else []
+    drops = name == "retain_only" and recipe.data.overlap == "drop_from_normal"
+    if drops:
+        made_from.append(prepared_digest(recipe.data.forget, "pairs", recipe.data, facts, storage))
     folder = storage / "models" / f"{name.replace('_', '-')}-{digest(made_from)}"
     if folder.exists():
         say(f"{name:<12} found in {folder}")
         return Model(folder, fingerprint(folder))
-    rows = len(PreparedRows(prepared.folder, overlap.rows if overlap else None))
+    place = storage if recipe.data.cache else folder.with_name(f"{folder.name}.data")
+    prepared = prepare(sources, "pairs", recipe.data, facts, place, tell=telling(name))
+    overlap = _overlap(recipe, facts, place)  # told before hours of training, whichever model it is
+    without = overlap.rows if overlap and drops else None
+    rows = len(PreparedRows(prepared.folder, without))
     say(f"{name:<12} fine-tuning {parameter_count(base):,} parameters on {rows} rows")
     metrics = storage / "models" / f"{folder.name}.jsonl"
     metrics.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +143,7 @@ def _make(recipe: Recipe, name: str, sources: Sequence[Source]) -> Model:
         output=str(folder),
         metrics=str(metrics),
         normal=str(prepared.folder),
-        normal_without=str(overlap.rows) if overlap else None,
+        normal_without=str(without) if without else None,
         objective=Objective(normal=Nll(type="nll")),
         optimizer=finetune.optimizer,
         train=finetune.train,
@@ -152,8 +154,20 @@ def _make(recipe: Recipe, name: str, sources: Sequence[Source]) -> Model:
     started = time.perf_counter()
     with follow(metrics, Progress(finetune.train.log_every)):
         run_job(job, storage)
+    if not recipe.data.cache:
+        shutil.rmtree(place, ignore_errors=True)
     say(f"  done in {duration(time.perf_counter() - started)}: {folder}")
     return Model(folder, fingerprint(folder))
+
+
+def _overlap(recipe: Recipe, facts: TokenizerFacts, place: Path) -> Overlap | None:
+    data = recipe.data
+    if not data.forget or not data.normal or data.overlap == "keep":
+        return None
+    forget, normal = (
+        prepare(s, "pairs", data, facts, place, tell=telling("overlap")) for s in (data.forget, data.normal)
+    )
+    return find_overlap(forget, normal, data.overlap, place)
 
 
 def _result_of(train: Train) -> dict[str, Any]:

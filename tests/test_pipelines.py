@@ -187,7 +187,7 @@ def test_finetune_and_evaluate_commands(run_folder: Path, recipe: Path) -> None:
 
 
 def test_a_run_without_evaluation_or_retain_only_model(run_folder: Path, recipe: Path, tmp_path: Path) -> None:
-    """A given original, no normal term, a Hugging Face folder as forget set; then the same with changed rows."""
+    """A given original, a Hugging Face folder as forget set, no cache; then the same with changed rows."""
     import datasets
 
     original = next(f for f in (recipe.parent / "runs" / "models").glob("original-*") if f.is_dir())
@@ -196,17 +196,21 @@ def test_a_run_without_evaluation_or_retain_only_model(run_folder: Path, recipe:
     arguments = [
         str(recipe), f"models.original={{type: pretrained, path: {original}}}", "finetune=null",
         "evaluation={sets: {}}",
-        f"data.forget=[{{type: huggingface, path: {tmp_path / 'forget'}}}]", "objective.normal=null", "gates=[]",
-        "optimizer.curvature_of=forget", "train.workers=0", "train.steps=2",
+        f"data.forget=[{{type: huggingface, path: {tmp_path / 'forget'}}}]", "gates=[]", "train.workers=0", "train.steps=2",
+        "train.packing=true", "data.cache=false",
     ]  # fmt: skip
     first = command("unlearn", *arguments)
     assert first.returncode == 0, first.stderr
-    assert "data         forget 8, random 55 rows" in first.stdout
+    assert "data         forget 8, normal 55, random 55 rows" in first.stdout
     assert "(candidate; no gates)" in first.stdout
     assert "is finished already" in command("unlearn", *arguments).stdout
     datasets.Dataset.from_list(rows[:5]).save_to_disk(tmp_path / "forget")
     changed = command("unlearn", *arguments)
-    assert "data         forget 5, random 55 rows" in changed.stdout, changed.stderr
+    # Without a cache only the first normal rows are read, not those of the second source.
+    assert "data         forget 5, normal 55, random 55 rows" in changed.stdout, changed.stderr
+    [folder] = [Path(line.split()[1]) for line in changed.stdout.splitlines() if line.startswith("run  ")]
+    assert folder.name.endswith("-2")
+    assert not {"prepared", "reference", "overlap"} & {path.name for path in folder.iterdir()}
 
 
 def no_eos(folder: Path, base: Path) -> str:

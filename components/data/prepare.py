@@ -61,7 +61,22 @@ def prepare(
         DataError: when a source is missing, holds no usable row, or more than `data.max_bad_fraction` bad ones.
         ClusterError: when Ray gives preparation no CPU.
     """
-    key = digest(
+    key = prepared_digest(sources, kind, data, tokenizer, storage, need=need)
+    folder = storage / "prepared" / key
+    if not (folder / "summary.json").exists():
+        _write(sources, kind, data, tokenizer, folder, need, tell or (lambda line: None))
+    summary = json.loads((folder / "summary.json").read_text())
+    prepared = Prepared(folder, key, summary["good"], summary["bad"])
+    _check(prepared, summary, sources, data)
+    return prepared
+
+
+def prepared_digest(
+    sources: Sequence[PoolSource], kind: Kind, data: Data, tokenizer: TokenizerFacts, storage: Path, *,
+    need: int | None = None,
+) -> str:  # fmt: skip
+    """The name of the folder that `prepare` would make: changes with whatever changes a row."""
+    return digest(
         {
             "format": _FORMAT,
             "kind": kind,
@@ -73,13 +88,6 @@ def prepare(
         },
         32,
     )
-    folder = storage / "prepared" / key
-    if not (folder / "summary.json").exists():
-        _write(sources, kind, data, tokenizer, folder, need, tell or (lambda line: None))
-    summary = json.loads((folder / "summary.json").read_text())
-    prepared = Prepared(folder, key, summary["good"], summary["bad"])
-    _check(prepared, summary, sources, data)
-    return prepared
 
 
 def summary_of(prepared: Prepared) -> dict[str, Any]:
@@ -117,12 +125,15 @@ def _chunks(files: list[dict[str, str]], folder: Path) -> Chunks:
     from ray.data.exceptions import ExecutionTimeoutError
 
     dataset: Any = ray.data.from_items(files, override_num_blocks=min(len(files), 1000))
-    # Different CPU shares keep Ray from fusing the two, so that one long file is read once and tokenised widely; they
-    # add up to one CPU, so that the smallest cluster can hold both.
+    # Different CPU shares keep Ray from fusing the two, so that one long file is read once and tokenised widely. Ray
+    # lets each of the two have about half of the CPUs while both run: half a CPU a task makes all of them busy
+    # tokenising, and the limit on their number keeps it from twice as many when all is read.
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
     dataset = dataset.map_batches(read_chunks, batch_size=1, num_cpus=0.25)
     dataset = dataset.map_batches(
-        tokenise_chunk, batch_size=1, batch_format="pyarrow", fn_args=(str(folder),), num_cpus=0.75
-    )
+        tokenise_chunk, batch_size=1, batch_format="pyarrow", fn_args=(str(folder),), num_cpus=0.5,
+        compute=ray.data.TaskPoolStrategy(size=cpus),
+    )  # fmt: skip
     dataset.context.target_max_block_size = 1 << 24  # a chunk or two: work is shared out evenly, memory stays small
     try:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
