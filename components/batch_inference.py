@@ -8,7 +8,10 @@ import numpy as np
 import pyarrow as pa
 
 from components.config import Train
+from components.errors import stall_told
 from components.models import quiet_libraries
+
+_PATIENCE = 900  # seconds: a large model's loading and first batch take long
 
 
 def map_batches(
@@ -46,8 +49,9 @@ def _on_ray(batches: list[pa.Table], make: Any, arguments: tuple[Any, ...], trai
         num_gpus=train.gpus_per_worker or None,
         compute=ray.data.ActorPoolStrategy(size=size),
     )
-    mapped.context.execution_no_progress_timeout_s = 3600  # a large model and a first batch may take long
-    results = pa.concat_tables(ray.get(mapped.to_arrow_refs()))
+    mapped.context.execution_no_progress_timeout_s = _PATIENCE
+    with stall_told("Scoring", _PATIENCE):
+        results = pa.concat_tables(ray.get(mapped.to_arrow_refs()))
     return [results.take(np.argsort(results["batch"].to_numpy(), kind="stable")).drop_columns("batch")]
 
 
@@ -65,7 +69,9 @@ def run_parts(
         return
     import ray.data
 
-    parts: Any = ray.data.range(count, override_num_blocks=min(count, 1000)).map_batches(
+    # Given as they are, without a task to read them: the actors may hold all CPUs.
+    numbers = [{"part": part} for part in range(count)]
+    parts: Any = ray.data.from_items(numbers, override_num_blocks=min(count, 1000)).map_batches(
         _PartWorker,
         fn_constructor_args=(make, arguments, train.gpus_per_worker),
         batch_size=1,
@@ -73,9 +79,10 @@ def run_parts(
         num_gpus=train.gpus_per_worker or None,
         compute=ray.data.ActorPoolStrategy(size=min(train.workers, count)),
     )
-    parts.context.execution_no_progress_timeout_s = 3600  # a large model and a first batch may take long
-    for batch in parts.iter_batches(batch_size=None):
-        yield from batch["size"].tolist()
+    parts.context.execution_no_progress_timeout_s = _PATIENCE
+    with stall_told("The original model's pass over the rows", _PATIENCE):
+        for batch in parts.iter_batches(batch_size=None):
+            yield from batch["size"].tolist()
 
 
 def hide_gpus() -> None:
@@ -104,4 +111,4 @@ class _PartWorker:
         self.function = make(*arguments)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"size": np.array([self.function(int(part)) for part in batch["id"]])}
+        return {"size": np.array([self.function(int(part)) for part in batch["part"]])}

@@ -74,7 +74,7 @@ class Files(Rows):
     type: Literal["files"]
     path: str | list[str]
     """File, glob or list of them; `s3://` and `gs://` too. JSON lines, JSON, CSV or Parquet, told by the suffix;
-    `.gz` may follow."""
+    `.gz` may follow. A JSON array is read whole; lines are streamed."""
     format: Literal["auto", "json", "csv", "parquet", "lines"] = "auto"
     """What the suffix does not tell. `lines` makes a record of each line, its column is `text`."""
 
@@ -158,7 +158,7 @@ class Data(Section):
     answer_prefix: str = " "
     """What stands between a prompt by `template` and its answer; counted as answer."""
     system: str | None = None
-    """System message of the chat template."""
+    """System message in front of every prompt."""
     chat_variables: dict[str, str | bool | int] = {}
     """Further variables of the chat template, such as `date_string` or `enable_thinking`."""
     max_tokens: int = Field(256, ge=8)
@@ -170,8 +170,8 @@ class Data(Section):
     overlap: Literal["error", "drop_from_normal", "keep"] = "error"
     """What to do with rows that stand in forget and in normal, letter case and spaces aside."""
     cache: bool = True
-    """Keep prepared rows for later runs. Without it, they lie in the run's folder while it runs, and of the normal set
-    only the first rows are read, as many as the run uses."""
+    """Keep the three sets' prepared rows for later runs. Without it, they lie in the run's folder while it runs, and
+    of the normal set only the first rows are read, as many as the run uses."""
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

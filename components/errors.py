@@ -3,6 +3,9 @@
 Every class takes one string, so that Ray can carry it between processes.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UnlearnError(Exception):
     """Base of all our errors; shown without a traceback unless `--debug` is given."""
@@ -30,6 +33,31 @@ class TrainingError(UnlearnError, RuntimeError):
 
 class TrackingError(UnlearnError, RuntimeError):
     """MLflow refused something, or holds something else than expected."""
+
+
+@contextmanager
+def stall_told(what: str, seconds: float) -> Iterator[None]:
+    """Turn Ray Data's giving up after `seconds` without progress into an error that names the cause.
+
+    Raises:
+        ClusterError: with the CPUs that are free, or our own error out of what Ray made of it.
+    """
+    import ray
+    from ray.data.exceptions import ExecutionTimeoutError
+
+    try:
+        yield
+    except ExecutionTimeoutError as error:
+        free, there = (found.get("CPU", 0) for found in (ray.available_resources(), ray.cluster_resources()))
+        raise ClusterError(
+            f"{what} got no further for {seconds:g} s (free CPUs={free:g} of {there:g}). Expected enough free ones. "
+            "Wait for other jobs to end, or add nodes; where all were free, a worker hangs or memory is short."
+        ) from error
+    except Exception as error:
+        own = own_error(error)
+        if own is None or own is error:
+            raise
+        raise own from None
 
 
 def own_error(error: BaseException | None) -> UnlearnError | None:

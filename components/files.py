@@ -29,6 +29,6 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 def write_whole(file: Path, text: str) -> None:
     """Write `text` to `file`."""
-    partial = file.with_name(file.name + ".partial")
+    partial = file.with_name(f"{file.name}.partial-{uuid.uuid4().hex[:8]}")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)

@@ -8,6 +8,7 @@ normal. Answers are shown in brackets, their tokens parted by bars. What is prep
 
 import shutil
 import sys
+import uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from components.data.prepare import Prepared, prepare, summary_of
 from components.data.prompts import Encoder, TokenizerFacts, answer_tokens_marked
 from components.data.rows import PreparedRows
 from components.data.tokenise import data_settings
+from components.errors import DataError
 from components.models import load_tokenizer, tokenizer_facts, tokenizer_folder
 from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
 from pipelines.finetune import base_folder, check_context, check_sources, count_rows, planned_steps, telling
@@ -45,7 +47,7 @@ def run(command: Command) -> None:
     recipe = command.recipe
     check_sources(recipe)
     storage = storage_folder(recipe)
-    place = storage if recipe.data.cache else storage / "prepared-once"
+    place = storage if recipe.data.cache else storage / f"prepared-once-{uuid.uuid4().hex[:8]}"
     with ray_session():
         facts = _tokenizer(recipe)
         try:
@@ -84,8 +86,21 @@ def prepare_streams(recipe: Recipe, facts: TokenizerFacts, place: Path) -> Strea
         pool = prepare(data.random, "answers", data, facts, place, tell=telling("random"))
     if forget and normal:
         overlap = find_overlap(forget, normal, data.overlap, place)
+    if forget and pool:
+        _check_that_responses_fit(forget, pool, data.max_tokens)
     without = overlap.rows if overlap and data.overlap == "drop_from_normal" else None
+    if normal and without and not len(PreparedRows(normal.folder, without)):
+        raise DataError("No normal row is left (data.overlap=drop_from_normal): all stand in forget too. Give others.")
     return Streams(forget, normal, pool, overlap, without)
+
+
+def _check_that_responses_fit(forget: Prepared, pool: Prepared, max_tokens: int) -> None:
+    longest = summary_of(forget)["longest_prompt"] + summary_of(pool)["longest_answer"]
+    if longest > max_tokens:
+        raise DataError(
+            f"The longest random response does not fit behind the longest forget prompt (tokens={longest}). Expected "
+            f"at most data.max_tokens={max_tokens}. Raise it or take shorter responses."
+        )
 
 
 def _rows_needed(recipe: Recipe, forget: Prepared | None) -> int | None:

@@ -150,7 +150,7 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
         summary = _train_and_judge(recipe, folder, original, streams, questions, records, before, client, run_id, tags)
         client.set_terminated(run_id, "FINISHED")
         if not recipe.data.cache:
-            for name in ("prepared", "reference", "overlap"):
+            for name in ("prepared", "reference", "overlap", "fingerprints"):
                 shutil.rmtree(folder / name, ignore_errors=True)
     except BaseException:
         with suppress(Exception):  # what went wrong first is what must be told

@@ -47,7 +47,7 @@ def write_rows(folder: Path, ids: list[list[int]], starts: list[int], shard: int
     names = []
     for first in range(0, len(ids), shard):
         rows = [
-            {"row_id": str(i), "match": str(i), "line": i + 1, "input_ids": ids[i], "answer_start": starts[i]}
+            {"row_id": str(i), "match": i, "line": i + 1, "input_ids": ids[i], "answer_start": starts[i]}
             for i in range(first, min(first + shard, len(ids)))
         ]
         names.append([f"000-000000-{first // shard:06d}", len(rows)])

@@ -27,6 +27,8 @@ def test_several_answers_make_a_row_each() -> None:
     for wrong in ([], ["a", 3], 3, None):
         with pytest.raises(Unusable, match="'answer' is not"):
             examples(fields | {"answer": wrong}, source(), "pairs")
+    with pytest.raises(Unusable, match="holds no answer"):
+        examples(fields | {"answer": " ; "}, source(split_answers=";"), "pairs")
     with pytest.raises(Unusable, match="'answer' is empty"):
         examples(fields | {"answer": ["a", " "]}, source(), "pairs")
 
@@ -53,6 +55,8 @@ def test_dialogues_end_with_the_answer() -> None:
         ("\n\nHuman: x\n\nAssistant: y\n\nHuman: z", "does not end with an answer"),
         ("\n\nAssistant: y", "does not end with an answer"),
         ("\n\nHuman: x\n\nAssistant: ", "is empty"),
+        ("\n\nHuman: \n\nAssistant: y", "turn 1' is empty"),
+        ([{"role": None, "content": "x"}], "'role' is not text"),
         ([], "not a list of messages"),
         ([{"role": "user"}], "not a list of messages"),
     ],
@@ -102,6 +106,7 @@ def test_fixed_answers_and_text_need_no_columns() -> None:
         (b'"text"', "not a JSON object"),
         (b'{"a": "\xff"}', "not UTF-8"),
         (b"[" * 100_000, "not JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not JSON"),
     ],
 )
 def test_lines_that_are_no_records_say_why(line: bytes, reason: str) -> None:

@@ -196,8 +196,8 @@ def test_a_run_without_evaluation_or_retain_only_model(run_folder: Path, recipe:
     arguments = [
         str(recipe), f"models.original={{type: pretrained, path: {original}}}", "finetune=null",
         "evaluation={sets: {}}",
-        f"data.forget=[{{type: huggingface, path: {tmp_path / 'forget'}}}]", "gates=[]", "train.workers=0", "train.steps=2",
-        "train.packing=true", "data.cache=false",
+        f"data.forget=[{{type: huggingface, path: {tmp_path / 'forget'}}}]", "gates=[]",
+        "train.workers=0", "train.steps=2", "train.packing=true", "data.cache=false",
     ]  # fmt: skip
     first = command("unlearn", *arguments)
     assert first.returncode == 0, first.stderr

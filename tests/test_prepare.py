@@ -166,8 +166,24 @@ def test_a_hopeless_set_is_not_read_to_its_end(tmp_path: Path, facts, monkeypatc
     sources = [jsonl(tmp_path / f"{i}.jsonl", [{"prompt": "q", "answer": "a"}] * 100) for i in range(40)]
     with pytest.raises(DataError, match="rows are unusable"):
         prepare(sources, "pairs", Data(), facts, tmp_path)
-    [folder] = (tmp_path / "prepared").iterdir()
-    assert json.loads((folder / "summary.json").read_text())["bad"] < 4000
+    [folder] = (tmp_path / "prepared").iterdir()  # kept to be looked at, not taken for the set
+    assert folder.name.endswith(".unusable")
+    assert 50 < sum(len(f.read_text().splitlines()) for f in (folder / "quarantine").iterdir()) < 4000
+
+
+def test_a_filter_that_leaves_out_the_beginning_loses_nothing(tmp_path: Path, facts, monkeypatch) -> None:
+    monkeypatch.setattr(prepare_module, "_HOPELESS", 50)
+    lines = [{"question": f"q{i}", "answer": "a", "keep": False} for i in range(100)]
+    sources = [jsonl(tmp_path / f"{i}.jsonl", lines, where="keep") for i in range(10)]
+    sources.append(jsonl(tmp_path / "last.jsonl", [{"question": "q", "answer": "a", "keep": True}] * 5, where="keep"))
+    assert prepare(sources, "pairs", Data(), facts, tmp_path).good == 5
+
+
+def test_a_chat_template_that_refuses_the_system_message_is_told_at_once(tmp_path: Path, facts) -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    source = jsonl(tmp_path / "x.jsonl", [{"question": "q", "answer": "a"}])
+    with pytest.raises(DataError, match=r"Chat template cannot be used \(data.system=S\).*no system role"):
+        prepare([source], "pairs", Data(system="S"), facts._replace(chat_template=template), tmp_path)
 
 
 def test_an_empty_file_is_told(tmp_path: Path, facts) -> None:
@@ -282,22 +298,23 @@ def test_normal_rows_that_stand_in_forget_too(tmp_path: Path, facts) -> None:
     lines[3] = {"question": "q1", "answer": "Yes, so it is."}
     lines[11] = {"question": " Q2", "answer": "yes,  so it IS."}
     lines[12] = {"question": "q1", "answer": "another answer to the same question"}
+    lines[15] = {"question": [{"role": "user", "content": "Q3 "}], "answer": "Yes, SO\nit is."}
     normal = jsonl(tmp_path / "n.jsonl", lines)
     sets = [prepare([source], "pairs", Data(), facts, tmp_path) for source in (forget, normal)]
     with pytest.raises(
-        DataError, match=r"2 normal row\(s\) stand in forget too \(exactly: 1, .*line 4; source 1, line 12"
+        DataError, match=r"3 normal row\(s\) stand in forget too \(exactly: 1, .*line 4; source 1, line 12"
     ):
         find_overlap(*sets, "error", tmp_path)
     overlap = find_overlap(*sets, "drop_from_normal", tmp_path)
     assert overlap is not None
-    assert (overlap.exact, overlap.alike) == (1, 1)
+    assert (overlap.exact, overlap.alike) == (1, 2)
     left = PreparedRows(sets[1].folder, overlap.rows)
     every = PreparedRows(sets[1].folder)
-    assert len(left) == 18
-    expected = [every.row_id(i) for i in range(20) if i not in (3, 11)]
-    assert [left.row_id(i) for i in range(18)] == expected
+    assert len(left) == 17
+    expected = [every.row_id(i) for i in range(20) if i not in (3, 11, 15)]
+    assert [left.row_id(i) for i in range(17)] == expected
     assert left.table()["row_id"].to_pylist() == expected
-    np.testing.assert_array_equal(left.answer(17), every.answer(19))
+    np.testing.assert_array_equal(left.answer(16), every.answer(19))
     assert find_overlap(sets[0], sets[0]._replace(digest="x" * 32), "keep", tmp_path).exact == 5
 
 
@@ -310,6 +327,17 @@ def test_reading_stops_when_enough_rows_are_there(tmp_path: Path, facts, monkeyp
     every = [row["row_id"] for row in rows(prepare(sources, "pairs", Data(), facts, tmp_path))]
     assert [row["row_id"] for row in rows(prepared)] == every[:30]
     assert len(list((prepared.folder / "rows").iterdir())) == 3
+
+    original = prepare_module._chunks
+
+    def late_first(files, folder):  # the first file's chunk comes last
+        chunks = list(original(files, folder))
+        yield from sorted(chunks, key=lambda chunk: chunk["name"], reverse=True)
+
+    monkeypatch.setattr(prepare_module, "_chunks", late_first)
+    again = prepare(sources, "pairs", Data(), facts, tmp_path / "late", need=25)
+    assert [row["row_id"] for row in rows(again)] == every[:30]
+    assert again.digest == prepared.digest
 
 
 def test_rows_are_at_hand_one_by_one(tmp_path: Path, facts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,21 @@ def test_messages_without_a_chat_template_repeat_the_recipes(byte_level: Tokeniz
     assert Encoder(byte_level, PLAIN).render(prompt, "d") == ("Question: a\nAnswer: b\n\nQuestion: c\nAnswer:", " d")
 
 
+def test_system_messages_without_a_chat_template_stand_in_front(byte_level: TokenizerFacts) -> None:
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
+    expected = ("Be brief.\n\nQuestion: a\nAnswer:", " b")
+    assert Encoder(byte_level, PLAIN).render(prompt, "b") == expected
+    assert Encoder(byte_level, PLAIN | {"system": "Be brief."}).render("a", "b") == expected
+    with pytest.raises(Unusable, match="role 'tool' needs a chat template"):
+        Encoder(byte_level, PLAIN).render([{"role": "tool", "content": "x"}, prompt[1]], "b")
+
+
+def test_windows_of_text_begin_with_bos_also_where_there_is_a_chat_template(sentencepiece: TokenizerFacts) -> None:
+    for facts in (sentencepiece, sentencepiece._replace(chat_template=CHAT), sentencepiece._replace(eos=1)):
+        [window] = Encoder(facts, PLAIN | {"template": None}).windows("It is in the town.", 64, 64, 0)
+        assert window.prompt[0] == 1
+
+
 def test_a_template_in_the_recipe_wins_over_the_tokenizers(chat: TokenizerFacts) -> None:
     assert Encoder(chat, PLAIN).render("a", "b") == ("Question: a\nAnswer:", " b")
     assert Encoder(chat._replace(chat_template=None), PLAIN | {"template": None}).render("a", "b")[1] == " b"

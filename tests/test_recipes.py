@@ -147,6 +147,12 @@ def test_overlap_of_real_sets_is_found(shared: Path, place: Path, facts: Tokeniz
     assert "normal: 400 rows that stand in forget too" in described(streams)
 
 
+def test_a_response_that_cannot_fit_is_told_before_anything_runs(shared: Path, place: Path, facts) -> None:
+    long = f"data.random=[{{type: fixed, texts: [{'no ' * 100}]}}]"
+    with pytest.raises(DataError, match=r"longest random response does not fit .*\(tokens=155\)"):
+        prepare_streams(recipe("tofu-forget10", shared, long, "data.max_tokens=140"), facts, place)
+
+
 def test_the_command(shared: Path, tmp_path: Path) -> None:
     done = command(
         "prepare", str(RECIPES / "tofu-forget10.yaml"), f"data.folder={shared}", f"storage={tmp_path}",

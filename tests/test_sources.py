@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from components.config import Files, HuggingFace, Text
-from components.data import locations
+from components.data import locations, sources
 from components.data.mapping import Unusable, examples, parse
 from components.data.sources import fingerprint, open_records, read_records, source_files
 from components.errors import DataError
@@ -87,6 +87,61 @@ def test_broken_lines_keep_their_place_and_reason(tmp_path: Path) -> None:
 def test_csv_rows_of_another_width_are_bad(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("question,answer\na,b\nc\nd,e,f\n")
     assert [record.error is None for record in read(files(tmp_path / "x.csv"))] == [True, False, False]
+
+
+def test_a_quote_that_is_never_closed_sets_aside_its_own_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_CSV_LINES", 50)
+    lines = ["question,answer", *(f"q{i},a{i}" for i in range(1000)), '"two\nlines",fine', "last,one"]
+    lines[5], lines[700] = 'q4,"oops', 'q699,"a"b'
+    (tmp_path / "x.csv").write_text("\n".join(lines))
+    records = read(files(tmp_path / "x.csv"))
+    assert [(r.line, r.data) for r in records if r.error] == [(6, b'q4,"oops'), (701, b'q699,"a"b')]
+    good = [fields(r) for r in records if not r.error]
+    assert len(good) == 1000
+    assert good[-2:] == [{"question": "two\nlines", "answer": "fine"}, {"question": "last", "answer": "one"}]
+    assert records[-1].line == 1004
+
+
+def test_a_damaged_first_line_does_not_make_json_lines_an_array(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('["a", "b"]\n{"question": "q"}')
+    assert [reason(r) for r in read(files(tmp_path / "x.jsonl"))] == ["not a JSON object", ""]
+
+
+def test_binary_columns_are_text_and_what_is_not_utf8_is_found(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    written = pa.array([b"Wo?", b"\xff"], pa.binary())
+    claimed = pa.Array.from_buffers(pa.string(), 2, written.buffers())  # a text column that holds other bytes
+    table = pa.table({"question": written, "answer": claimed, "day": pa.array([1, 2], pa.date32())})
+    pq.write_table(table, tmp_path / "x.parquet")
+    first, second = (fields(r) for r in read(files(tmp_path / "x.parquet")))
+    assert first == {"question": "Wo?", "answer": "Wo?", "day": "1970-01-02"}
+    with pytest.raises(Unusable, match="'question' is not valid Unicode"):
+        examples(second, files("x"), "pairs")
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.csv.gz"])
+def test_a_damaged_gz_is_told(tmp_path: Path, name: str) -> None:
+    whole = bytearray(gzip.compress(b'{"question": "q"}\n' * 1000))
+    whole[20:24] = b"\xff\xff\xff\xff"
+    (tmp_path / name).write_bytes(whole)
+    with pytest.raises(DataError, match="cannot be read"):
+        read(files(tmp_path / name))
+
+
+def test_odd_names_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write(tmp_path / "book.jsonl").rename(tmp_path / "book [1].jsonl")
+    assert source_files(files(path)) == source_files(files("~/book [1].jsonl")) == [str(path)]
+    with pytest.raises(DataError, match=r"cannot be read \(path=.*: Is a directory"):
+        read(Text(type="text", path=str(tmp_path)))
+
+
+def test_a_texts_limit_is_of_lines(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("one\ntwo\nthree\n")
+    [block] = read(Text(type="text", path=str(tmp_path / "x.txt"), limit=2))
+    assert fields(block) == {"text": "one\ntwo\n"}
 
 
 def test_a_csv_row_that_is_not_utf8_spoils_no_other(tmp_path: Path) -> None:
@@ -195,6 +250,10 @@ def test_s3_gives_the_same_records_as_the_disk(tmp_path: Path, bucket: Any) -> N
         with bucket.open_output_stream(f"bucket/data/{name}", compression=None) as stream:
             stream.write(write(tmp_path / name).read_bytes())
         assert [fields(r) for r in read(files(f"s3://bucket/data/{name}"))] == ROWS, name
+    with bucket.open_output_stream("bucket/odd/a#1?.jsonl") as stream:
+        stream.write(b"{}")
+    assert source_files(files("s3://bucket/odd/*")) == ["s3://bucket/odd/a#1?.jsonl"]
+    assert len(read(files("s3://bucket/odd/*"))) == 1
     assert source_files(files("s3://bucket/data/*.jsonl*")) == [
         "s3://bucket/data/a.jsonl",
         "s3://bucket/data/b.jsonl.gz",

@@ -7,12 +7,11 @@ import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from components.errors import DataError
 from components.files import write_whole
 
-_HASH_AGAIN_BELOW = 64 << 20  # bytes; the digest of a larger file is remembered with its size and time
+_HASH_AGAIN_BELOW = 1 << 20  # bytes; the digest of a larger file is remembered with its size and time
 
 
 def find(patterns: str | list[str]) -> list[str]:
@@ -25,10 +24,12 @@ def find(patterns: str | list[str]) -> list[str]:
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if is_remote(pattern):
             store, path = _store(pattern)
-            scheme = urlparse(pattern).scheme
+            scheme = pattern.partition("://")[0]
             matches = [f"{scheme}://{match}" for match in _ask(pattern, functools.partial(store.glob, path))]
         else:
-            matches = [str(Path(match).resolve()) for match in sorted(glob.glob(pattern, recursive=True))]
+            path = os.path.expanduser(pattern)
+            found_here = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+            matches = [str(Path(match).resolve()) for match in found_here]
         if not matches:
             raise DataError(f"Data file not found (path={pattern}). Expected a file or a glob that matches one.")
         found += matches
@@ -89,10 +90,10 @@ def _hash(file: str) -> str:
 
 def _store(url: str) -> tuple[Any, str]:
     """The object store of `url` with fsspec's interface, and the path in it."""
-    parts = urlparse(url)
-    if parts.scheme not in ("s3", "gs"):
+    scheme, _, path = url.partition("://")
+    if scheme not in ("s3", "gs"):
         raise DataError(f"Data file is in an unknown kind of store (path={url}). Expected a path, s3:// or gs://.")
-    return _connect(parts.scheme), parts.netloc + parts.path
+    return _connect(scheme), path
 
 
 @functools.cache

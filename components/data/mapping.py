@@ -41,8 +41,10 @@ def parse(record: Record) -> dict[str, Any]:
         fields = json.loads(record.data.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise Unusable("not UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise Unusable(f"not JSON: {error.msg if isinstance(error, json.JSONDecodeError) else 'nested'}") from None
+    except json.JSONDecodeError as error:
+        raise Unusable(f"not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
+        raise Unusable(f"not JSON: {type(error).__name__}") from None
     if not isinstance(fields, dict):
         raise Unusable("not a JSON object")
     return fields
@@ -112,6 +114,8 @@ def _answers(fields: dict[str, Any], source: Any) -> list[str]:
         texts = [_text(fields, source.answer)]
     if source.split_answers:
         texts = [part.strip() for text in texts for part in text.split(source.split_answers) if part.strip()]
+        if not texts:
+            raise Unusable(f"column {source.answer!r} holds no answer")
     return [_checked(text, source.answer) for text in texts]
 
 
@@ -135,7 +139,7 @@ def _prompt(fields: dict[str, Any], column: str) -> Prompt:
 def _messages(value: list[Any], column: str) -> list[Message]:
     if not value or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
         raise Unusable(f"column {column!r} is not a list of messages with role and content")
-    return [{"role": str(m["role"]), "content": _text(m, "content")} for m in value]
+    return [{"role": _text(m, "role"), "content": _text(m, "content")} for m in value]
 
 
 def _dialogue(fields: dict[str, Any], column: str, turns: tuple[str, str]) -> tuple[Prompt, str]:
@@ -147,7 +151,8 @@ def _dialogue(fields: dict[str, Any], column: str, turns: tuple[str, str]) -> tu
         if parts[0].strip() or len(parts) < 3:
             raise Unusable(f"column {column!r} does not begin with a turn")
         roles = ["user" if mark == turns[0] else "assistant" for mark in parts[1::2]]
-        messages = [{"role": r, "content": text.strip()} for r, text in zip(roles, parts[2::2], strict=True)]
+        turns_said = [_checked(said.strip(), f"{column}, turn {i}") for i, said in enumerate(parts[2::2], start=1)]
+        messages = [{"role": role, "content": said} for role, said in zip(roles, turns_said, strict=True)]
     *before, last = messages
     if last["role"] != "assistant" or not before:
         raise Unusable(f"column {column!r} does not end with an answer to something")

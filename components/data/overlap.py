@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from components.data.prepare import Prepared
 from components.data.rows import read_shard, shard_names
@@ -47,18 +45,21 @@ def find_overlap(forget: Prepared, normal: Prepared, choice: str, storage: Path)
 
 
 def _write(forget: Prepared, normal: Prepared, folder: Path) -> None:
-    known = {key: _column(forget, key) for key in ("row_id", "match")}
+    matches = np.sort(np.concatenate([read_shard(forget.folder, n)["match"] for n in shard_names(forget.folder)]))
     rows: list[np.ndarray] = []
     places: list[str] = []
-    exact = first = 0
+    row_ids: list[str] = []
+    first = 0
     for name in shard_names(normal.folder):
         table = read_shard(normal.folder, name)
-        alike = pc.is_in(table["match"], known["match"])
-        exact += pc.sum(pc.is_in(table["row_id"], known["row_id"])).as_py() or 0
-        here = np.flatnonzero(alike.to_numpy())
+        own = table["match"].to_numpy()
+        at = np.minimum(np.searchsorted(matches, own), len(matches) - 1)
+        here = np.flatnonzero(matches[at] == own)
         places += [f"source {int(name[:3]) + 1}, line {table['line'][int(i)]}" for i in here[: 3 - len(places)]]
+        row_ids += table["row_id"].take(here).to_pylist()
         rows.append(first + here)
         first += len(table)
+    exact = _count_in(forget, set(row_ids), row_ids)
     both = np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
     with whole_folder(folder) as partial:
         np.save(partial / "rows.npy", both)
@@ -66,6 +67,9 @@ def _write(forget: Prepared, normal: Prepared, folder: Path) -> None:
         (partial / "summary.json").write_text(json.dumps(summary))
 
 
-def _column(prepared: Prepared, column: str) -> pa.Array:
-    chunks = [read_shard(prepared.folder, name)[column] for name in shard_names(prepared.folder)]
-    return pa.concat_arrays([chunk for column_chunks in chunks for chunk in column_chunks.chunks])
+def _count_in(prepared: Prepared, wanted: set[str], row_ids: list[str]) -> int:
+    """How many of `row_ids` are among the rows of `prepared`."""
+    found: set[str] = set()
+    for name in shard_names(prepared.folder) if wanted else ():
+        found |= wanted & set(read_shard(prepared.folder, name)["row_id"].to_pylist())
+    return sum(row_id in found for row_id in row_ids)

@@ -5,6 +5,7 @@ reason and text), `summary.json` (counts) and `settings.json` (tokenizer and for
 """
 
 import json
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
@@ -15,10 +16,11 @@ from typing import Any, Literal, NamedTuple
 from components.config import Data, PoolSource, digest
 from components.console import duration
 from components.data import locations
-from components.data.prompts import TokenizerFacts
+from components.data.mapping import Unusable
+from components.data.prompts import Encoder, TokenizerFacts
 from components.data.sources import fingerprint, source_files
 from components.data.tokenise import data_settings, read_chunks, tokenise_chunk
-from components.errors import ClusterError, DataError, own_error
+from components.errors import DataError, stall_told
 from components.files import whole_folder
 
 Kind = Literal["pairs", "answers", "questions"]
@@ -106,6 +108,13 @@ def _write(
         for i, source in enumerate(sources)
         for j, file in enumerate(source_files(source))
     ]
+    try:
+        Encoder(tokenizer, data_settings(data))
+    except Unusable as reason:
+        raise DataError(
+            f"Chat template cannot be used (data.system={data.system}): {reason}. Expected one that takes these "
+            "messages. Set data.template, or leave out data.system."
+        ) from None
     with whole_folder(folder) as partial:
         (partial / "rows").mkdir()
         (partial / "quarantine").mkdir()
@@ -113,16 +122,27 @@ def _write(
         (partial / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
         chunks = _chunks(files, partial)
         summary = _summed_up([file["place"] for file in files], chunks, _sizes(files), need, tell)
-        kept = {name for name, _ in summary["shards"]}
-        for extra in [file for file in (partial / "rows").iterdir() if file.stem not in kept]:
-            extra.unlink()  # read ahead of what was needed
+        if not summary["good"] and summary["bad"] > _HOPELESS:
+            unusable = folder.with_name(f"{folder.name}.unusable")
+            shutil.rmtree(unusable, ignore_errors=True)
+            shutil.move(partial, unusable)
+            _check(Prepared(unusable, "", 0, summary["bad"]), summary, sources, data)
+        _remove_others(partial, summary.pop("chunks"))
         (partial / "summary.json").write_text(json.dumps(summary, indent=1))
+
+
+def _remove_others(folder: Path, chunks: list[str]) -> None:
+    """Delete what was read ahead of the rows that were needed."""
+    kept = set(chunks)
+    for part in ("rows", "quarantine"):
+        for file in (folder / part).iterdir():
+            if file.stem not in kept:
+                file.unlink()
 
 
 def _chunks(files: list[dict[str, str]], folder: Path) -> Chunks:
     """What `tokenise_chunk` says of each chunk, in the order in which they are done."""
     import ray.data
-    from ray.data.exceptions import ExecutionTimeoutError
 
     dataset: Any = ray.data.from_items(files, override_num_blocks=min(len(files), 1000))
     # Different CPU shares keep Ray from fusing the two, so that one long file is read once and tokenised widely. Ray
@@ -135,19 +155,9 @@ def _chunks(files: list[dict[str, str]], folder: Path) -> Chunks:
         compute=ray.data.TaskPoolStrategy(size=cpus),
     )  # fmt: skip
     dataset.context.target_max_block_size = 1 << 24  # a chunk or two: work is shared out evenly, memory stays small
-    try:
+    with stall_told("Preparing data", dataset.context.execution_no_progress_timeout_s):
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield from batch.to_pylist()
-    except ExecutionTimeoutError as error:
-        free = ray.available_resources().get("CPU", 0)
-        raise ClusterError(
-            f"Preparing data got no further for {dataset.context.execution_no_progress_timeout_s:g} s (free CPUs="
-            f"{free:g} of {ray.cluster_resources().get('CPU', 0):g}). Expected at least 1 free. Wait for other jobs "
-            "to end, or add nodes."
-        ) from error
-    except Exception as error:
-        own = own_error(error)
-        raise own or error from None
 
 
 def _summed_up(
@@ -156,27 +166,24 @@ def _summed_up(
 ) -> dict[str, Any]:  # fmt: skip
     """Counts over all chunks, or over the first ones that hold `need` good rows."""
     done: dict[str, dict[str, Any]] = {}
-    in_order: list[str] = []  # names of chunks before which none is missing
+    in_order: list[str] = []  # names of chunks before which none is missing: what is counted does not depend on timing
     waiting = iter(places)
-    place, number, good_in_order = next(waiting), 0, 0
+    place, number, good, bad, rows = next(waiting), 0, 0, 0, 0
     read = dict.fromkeys(places, 0.0)
     started = told = time.monotonic()
     with closing(chunks):
         for chunk in chunks:
+            rows += chunk["good"] + chunk["bad"] + chunk["filtered"]
             done[chunk["name"]] = chunk
-            read[chunk["place"]] = max(read[chunk["place"]], chunk["fraction"])
-            while (name := f"{place}-{number:06d}") in done:
+            read[chunk["place"]] = -1.0 if chunk["fraction"] < 0 else max(read[chunk["place"]], chunk["fraction"])
+            while (need is None or good < need) and (name := f"{place}-{number:06d}") in done:
                 in_order.append(name)
-                good_in_order += done[name]["good"]
+                good, bad = good + done[name]["good"], bad + done[name]["bad"]
                 place, number = (next(waiting, ""), 0) if done[name]["last"] else (place, number + 1)
-            good = sum(item["good"] for item in done.values())
-            rows = good + sum(item["bad"] + item["filtered"] for item in done.values())
             if time.monotonic() - told > _TELL_EVERY:
                 told = time.monotonic()
-                tell(_progress(rows, told - started, _share(read, sizes, need, good_in_order)))
-            if need is not None and good_in_order >= need:
-                break
-            if not good and rows > _HOPELESS:
+                tell(_progress(rows, told - started, _share(read, sizes, need, good)))
+            if (need is not None and good >= need) or (bad > _HOPELESS and not good):
                 break
     reasons: Counter[str] = Counter()
     for name in in_order:
@@ -186,6 +193,7 @@ def _summed_up(
         **{key: sum(chunk[key] for chunk in chosen) for key in ("good", "bad", "filtered", "tokens")},
         **{key: max((chunk[key] for chunk in chosen), default=0) for key in ("longest_prompt", "longest_answer")},
         "reasons": dict(reasons.most_common()),
+        "chunks": in_order,
         "shards": [[chunk["name"], chunk["good"]] for chunk in chosen if chunk["good"]],
     }
 

@@ -86,7 +86,7 @@ class Encoder:
 
     def windows(self, text: str, prefix: int, continuation: int, overlap: int) -> list[Tokens]:
         """`text` cut into windows of tokens; the last one ends with the text and may share more with the one before."""
-        start = self._heads([""])[0]
+        start = _without_eos(self._tokenizer.encode("").ids, self._eos)  # BOS, for a tokenizer that has one
         ids = self._middle([text])[0]
         size = prefix + continuation
         firsts = list(range(0, max(1, len(ids) - size + 1), size - overlap))
@@ -110,7 +110,7 @@ class Encoder:
 
     def _heads(self, texts: list[str]) -> list[list[int]]:
         ids = [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=self._chat is None)]
-        return [row[:-1] if row and row[-1] == self._eos and not self._chat else row for row in ids]
+        return ids if self._chat else [_without_eos(row, self._eos) for row in ids]
 
     def _tails(self, texts: list[str]) -> list[list[int]]:
         ended = bool(self._turn_end)
@@ -144,15 +144,19 @@ class Encoder:
         return self._tokenizer.decode(ids[0] + ids[1]) != "ab"
 
     def _plain(self, prompt: Prompt) -> str:
-        if isinstance(prompt, str):
-            return self._template.replace("{prompt}", prompt)
         text, asked = "", False
-        for message in prompt:
-            if message["role"] == "assistant":
-                text += self._data["answer_prefix"] + message["content"]
+        for message in self._messages(prompt):
+            role, content = message["role"], message["content"]
+            between = "\n\n" if text else ""
+            if role == "assistant":
+                text += self._data["answer_prefix"] + content
+            elif role == "user":
+                text += between + self._template.replace("{prompt}", content)
+            elif role == "system":
+                text += between + content
             else:
-                text += ("\n\n" if text else "") + self._template.replace("{prompt}", message["content"])
-            asked = message["role"] != "assistant"
+                raise Unusable(f"role {role!r} needs a chat template")
+            asked = role == "user"
         if not asked:
             raise Unusable("the messages before the answer do not end with a question")
         return text
@@ -166,6 +170,11 @@ class Encoder:
         assert self._chat
         whole = self._chat([*self._messages("?"), {"role": "assistant", "content": _PROBE}], False)
         return whole.rpartition(_PROBE)[2].strip()
+
+
+def _without_eos(ids: list[int], eos: int) -> list[int]:
+    """Ids without an EOS that the tokenizer puts at the end; a lone one is its BOS."""
+    return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
 
 
 def _chat_renderer(facts: TokenizerFacts, data: dict[str, Any]) -> Callable[[list[dict[str, str]], bool], str]:

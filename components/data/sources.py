@@ -4,7 +4,10 @@ import csv
 import functools
 import gzip
 import io
+import itertools
 import json
+import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -15,6 +18,7 @@ from components.data.people import people_rows
 from components.errors import DataError
 
 _TEXT_BLOCK = 1 << 16  # characters that plain text is tokenised in at once
+_CSV_LINES = 5000  # lines that a record may span: more come from a quote that is never closed
 
 
 class Record(NamedTuple):
@@ -101,7 +105,8 @@ def open_records(source: PoolSource, file: str) -> Reading:
         reading = Reading(_read_hugging_face(source, file), lambda: None)
     else:
         reading = _read_file(source, file)
-    return reading._replace(records=_first(reading.records, source.limit))
+    limit = None if isinstance(source, Text) else source.limit  # a text's is of lines
+    return reading._replace(records=_first(reading.records, limit))
 
 
 def _first(records: Iterator[Record], limit: int | None) -> Iterator[Record]:
@@ -113,8 +118,13 @@ def _first(records: Iterator[Record], limit: int | None) -> Iterator[Record]:
 
 def _numbered(rows: Iterable[Any]) -> Iterator[Record]:
     for number, row in enumerate(rows, start=1):
-        data = json.dumps(row, default=str).encode()
+        data = json.dumps(row, default=_plain).encode()
         yield Record(number, data, None if isinstance(row, dict) else "not a JSON object")
+
+
+def _plain(value: Any) -> str:
+    """Bytes as text (what is not UTF-8 is found out later), dates and decimals as they are written."""
+    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -124,13 +134,20 @@ def _read_file(source: Files | Text, file: str) -> Reading:
     kind = "text" if isinstance(source, Text) else _format(source, file)
     if kind == "parquet":
         return _guarded(_read_parquet(file), file, kind)
-    raw = locations.open_file(file)
-    total = max(1, locations.size(file))
+    try:
+        raw = locations.open_file(file)
+        total = max(1, locations.size(file))
+    except OSError as error:
+        raise DataError(f"Data file cannot be read (path={file}): {error.strerror}. Expected a file.") from error
     stream = gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else raw if hasattr(raw, "peek") else _buffered(raw)
-    readers: dict[str, Any] = {"csv": _read_csv, "json": _read_json, "lines": _read_lines, "text": _read_text}
-    return _guarded(
-        Reading(readers[kind](stream), lambda: 1.0 if raw.closed else min(1.0, raw.tell() / total)), file, kind
-    )
+    readers: dict[str, Callable[[Any], Iterator[Record]]] = {
+        "csv": _read_csv,
+        "json": functools.partial(_read_json, may_be_array=".jsonl" not in file and ".ndjson" not in file),
+        "lines": _read_lines,
+        "text": functools.partial(_read_text, limit=source.limit),
+    }
+    reading = Reading(readers[kind](stream), lambda: 1.0 if raw.closed else min(1.0, raw.tell() / total))
+    return _guarded(reading, file, kind)
 
 
 def _buffered(stream: Any) -> Any:
@@ -155,7 +172,7 @@ def _guarded(reading: Reading, file: str, kind: str) -> Reading:
     def records() -> Iterator[Record]:
         try:
             yield from reading.records
-        except (OSError, EOFError, ValueError, csv.Error) as error:
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(
@@ -176,28 +193,65 @@ def _read_parquet(file: str) -> Reading:
         with pq.ParquetFile(locations.open_file(file, random_access=True)) as table:
             total = table.metadata.num_rows
             for batch in table.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
+                yield from _rows_of(batch)
                 done += batch.num_rows
 
     return Reading(_numbered(rows()), lambda: done / total if total else None)
 
 
+def _rows_of(batch: Any) -> list[dict[str, Any]]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:  # a text that is not UTF-8: as bytes, it sets aside its own row and no other
+        import pyarrow as pa
+
+        text = (pa.string(), pa.large_string())
+        fields = [pa.field(f.name, pa.binary() if f.type in text else f.type) for f in batch.schema]
+        return batch.cast(pa.schema(fields)).to_pylist()
+
+
 def _read_csv(stream: Any) -> Iterator[Record]:
+    """A quote that is never closed sets aside its own line; reading goes on with the next one."""
     # Bytes that are not UTF-8 become lone surrogates here, which set aside their own row and no other.
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(2**31 - 1)  # the default refuses answers longer than 128 KiB
-    reader = csv.DictReader(text)
-    for row in reader:
-        if None in row or None in row.values():
-            data = json.dumps({str(key): value for key, value in row.items()}).encode()
-            yield Record(reader.line_num, data, "number of fields differs from the header's")
-        else:
-            yield Record(reader.line_num, json.dumps(row).encode())
+    again: deque[str] = deque()  # lines to be read once more
+    span: list[str] = []  # lines of the record being read
+
+    def lines() -> Iterator[str]:
+        while line := again.popleft() if again else text.readline():
+            span.append(line)
+            if len(span) > _CSV_LINES:
+                raise csv.Error(f"record of more than {_CSV_LINES} lines")
+            yield line
+
+    reader = csv.reader(lines(), strict=True)
+    header: list[str] | None = None
+    first = 1
+    while True:
+        span.clear()
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Record(first, span[0].rstrip("\r\n").encode(errors="surrogateescape"), f"not CSV: {error}")
+            again.extendleft(reversed(span[1:]))
+            first += 1
+            reader = csv.reader(lines(), strict=True)
+            continue
+        if header is None:
+            header = row
+        elif row and len(row) != len(header):
+            yield Record(first, json.dumps(row).encode(), "number of fields differs from the header's")
+        elif row:
+            yield Record(first, json.dumps(dict(zip(header, row, strict=True))).encode())
+        first += len(span)
 
 
-def _read_json(stream: Any) -> Iterator[Record]:
+def _read_json(stream: Any, may_be_array: bool) -> Iterator[Record]:
     """JSON lines as they are, to be parsed by whoever uses them, or one JSON array when the file begins with `[`."""
-    if stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+    if may_be_array and stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
         yield from _numbered(json.loads(stream.read().decode("utf-8-sig")))
         return
     for number, line in enumerate(stream, start=1):
@@ -211,11 +265,11 @@ def _read_lines(stream: Any) -> Iterator[Record]:
             yield _text_record(number, line.rstrip(b"\r\n"))
 
 
-def _read_text(stream: Any) -> Iterator[Record]:
+def _read_text(stream: Any, limit: int | None) -> Iterator[Record]:
     """Blocks of whole lines; a line that is not UTF-8 is a record of its own."""
     block: list[str] = []
     length, first = 0, 1
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(itertools.islice(stream, limit), start=1):
         try:
             block.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError:

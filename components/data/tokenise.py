@@ -18,7 +18,7 @@ import pyarrow as pa
 from pydantic import TypeAdapter
 
 from components.config import Data, FixedAnswers, PoolSource, Text
-from components.data.mapping import Example, Unusable, examples, parse, raw_text, record_filter, shown
+from components.data.mapping import Example, Prompt, Unusable, examples, parse, raw_text, record_filter, shown
 from components.data.prompts import Encoder, TokenizerFacts, Tokens
 from components.data.sources import Record, open_records
 from components.files import write_whole
@@ -28,7 +28,7 @@ _AT_ONCE = 512  # records whose encodings, some hundred bytes a token, lie in me
 _IDS = pa.list_(pa.int32())
 ROWS = pa.schema(
     {
-        "row_id": pa.string(), "match": pa.string(), "line": pa.int64(), "input_ids": _IDS, "answer_start": pa.int32(),
+        "row_id": pa.string(), "match": pa.uint64(), "line": pa.int64(), "input_ids": _IDS, "answer_start": pa.int32(),
         "question": pa.string(), "answer": pa.string(), "answers": pa.list_(_IDS), "paraphrased": pa.bool_(),
     }
 )  # fmt: skip
@@ -144,7 +144,12 @@ def _rows(
             aside.append(_aside(record, reason))
     pairs: list[tuple[Record, Example, Tokens | Unusable]]
     if isinstance(source, Text):
-        pairs = [(record, e, w) for record, e in found for w in _windows(encoder, e, source)]
+        pairs = []
+        for record, example in found:
+            windows = _windows(encoder, example, source)
+            pairs += [(record, example, window) for window in windows]
+            if not windows:
+                aside.append(_aside(record, Unusable("text too short for a prefix and a continuation")))
     else:
         encoded = encoder.encode([e.prompt for _, e in found], [e.answers for _, e in found])
         pairs = [(record, e, tokens) for (record, e), tokens in zip(found, encoded, strict=True)]
@@ -200,13 +205,20 @@ def _fitted(answer: list[int], room: int, data: dict[str, Any]) -> list[int]:
     return answer[:room]
 
 
-def _hashes(prompt: Any, answers: list[str]) -> dict[str, str]:
-    texts = [prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True), *answers]
-    return {"row_id": _hash(texts), "match": _hash([" ".join(text.casefold().split()) for text in texts])}
+def _hashes(prompt: Prompt, answers: list[str]) -> dict[str, Any]:
+    if isinstance(prompt, str):
+        asked = [prompt]
+    elif [message["role"] for message in prompt] == ["user"]:
+        asked = [prompt[0]["content"]]
+    else:
+        asked = [text for message in prompt for text in (message["role"], message["content"])]
+    texts = [*asked, *answers]
+    levelled = [" ".join(text.casefold().split()) for text in texts]
+    return {"row_id": _hash(texts).hex(), "match": int.from_bytes(_hash(levelled))}
 
 
-def _hash(texts: list[str]) -> str:
-    return hashlib.blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
+def _hash(texts: list[str]) -> bytes:
+    return hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest()
 
 
 def data_settings(data: Data) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from components.config import Objective
 from components.data.streams import StepRows
-from components.errors import DataError, TrainingError
+from components.errors import TrainingError
 from components.files import whole_folder
 from components.models import check_packing, load_model, load_tokenizer, quiet_libraries, save_model
 from components.objectives.terms import TERMS
@@ -92,13 +92,6 @@ def train_loop(job: Job, rank: int, world: int, device: torch.device) -> dict[st
 def make_batcher(job: Job, rank: int, world: int, device: torch.device) -> Batcher:
     """Open the prepared rows that the objective uses."""
     sets = open_sets(job)
-    if sets.forget and sets.pool:
-        longest = sets.forget.longest_prompt + sets.pool.longest_answer
-        if longest > job.max_tokens:
-            raise DataError(
-                f"A random response does not fit behind the longest forget prompt (tokens={longest}). Expected at "
-                f"most data.max_tokens={job.max_tokens}. Raise it or take shorter responses."
-            )
     references = {group: Reference(Path(folder), device) for group, folder in job.reference.items()}
     return Batcher(make_plan(job, sets), *sets, references, job.train.micro_batch_size, job.train.packing, rank, world)
 
