@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint format
+.PHONY: demo test test-slow bench-data lint format
 
 demo: .venv/installed
 	$(BIN)/python pipelines/unlearn.py pipelines/recipes/demo.yaml
@@ -12,6 +12,9 @@ test: lint
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+bench-data: .venv/installed
+	$(BIN)/python -m tests.scale
 
 lint: .venv/installed
 	$(BIN)/ruff check .

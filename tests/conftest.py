@@ -17,6 +17,7 @@ os.environ.update(
 )
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import pyarrow as pa
 import pytest
 
 from components.config import Data, People, Scratch
+from components.data import locations
 from components.data.mapping import source_texts
 from components.data.prepare import Prepared, prepare
 from components.data.rows import PreparedRows
@@ -103,3 +105,26 @@ def streams(ray_cluster: None, base: Path, storage: Path) -> dict[str, Prepared]
         "normal": prepare(DATA.normal, "pairs", DATA, facts, storage),
         "random": prepare(DATA.random, "answers", DATA, facts, storage),
     }
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An S3 server of our own, reached as its users reach theirs: by the environment."""
+    from moto.server import ThreadedMotoServer
+    from pyarrow import fs
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    for name, value in {
+        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    locations._connect.cache_clear()
+    store = fs.S3FileSystem(endpoint_override=endpoint, allow_bucket_creation=True)
+    store.create_dir("bucket")
+    yield store
+    server.stop()
+    locations._connect.cache_clear()

@@ -3,18 +3,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from components.config import AdamW, Soul, config_hash, run_name
+from components.config import AdamW, Data, Soul, config_hash, run_name
 from components.errors import ConfigError
 from components.load_config import load_recipe, merge, parse_override
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "pipelines" / "recipes" / "demo.yaml"
-
-
-@pytest.mark.parametrize("recipe", sorted((ROOT / "pipelines" / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_recipe_parses(recipe: Path) -> None:
-    assert load_recipe([recipe]).name
 
 
 def test_all_mistakes_are_told_at_once_with_path_and_nearest_key() -> None:
@@ -99,6 +95,49 @@ def test_help_and_dry_run_load_no_framework(pipeline: str, arguments: list[str])
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readmes_data_section_is_one() -> None:
+    block = (ROOT / "README.md").read_text().split("```\ndata:\n")[1].split("```")[0]
+    data = Data.model_validate(yaml.safe_load("data:\n" + block)["data"])
+    assert [source.type for source in (*data.forget, *data.normal)] == ["files", "text", "huggingface"]
+    assert data.random == data.normal
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "pipelines" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid_with_and_without_its_files(recipe: Path) -> None:
+    assert load_recipe([recipe]).name == recipe.stem
+    local = load_recipe([recipe], ["data.folder=/nowhere"])
+    sources = [*local.data.forget, *local.data.normal, *local.data.random]
+    sources += [source for questions in local.evaluation.sets.values() for source in questions.rows]
+    for source in sources:
+        assert source.type != "huggingface"
+        assert source.type in ("people", "fixed") or str(source.path).startswith("/nowhere/")
+
+
+def test_a_hub_data_sets_local_copy_may_be_a_saved_folder(tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    source = "data.forget=[{type: huggingface, path: owner/name, subset: x, split: test, local: saved, answer: a}]"
+    [found] = load_recipe([DEMO], [source, f"data.folder={tmp_path}"]).data.forget
+    assert (found.type, found.path, found.subset, found.split) == ("huggingface", str(tmp_path / "saved"), None, "test")
+    assert found.answer == "a"
+    source = source.replace("saved", "x/*.jsonl")
+    [found] = load_recipe([DEMO], [source, "data.folder=s3://bucket/data/"]).data.forget
+    assert (found.type, found.path) == ("files", "s3://bucket/data/x/*.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("prompt: '{a'", "is neither a column nor a text with columns in braces"),
+        ("answer: '{}'", "has empty braces"),
+        ("where: 'a =='", "is not an expression"),
+        ("format: xml", "Input should be 'auto'"),
+    ],
+)
+def test_mistakes_in_a_source_are_told(change: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe([DEMO], [f"data.forget=[{{type: files, path: x, {change}}}]"])
 
 
 def test_the_readmes_commands_are_accepted() -> None:

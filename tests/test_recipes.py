@@ -4,8 +4,10 @@ import csv
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from components.config import Recipe
 from components.data.prepare import summary_of
@@ -151,6 +153,28 @@ def test_a_response_that_cannot_fit_is_told_before_anything_runs(shared: Path, p
     long = f"data.random=[{{type: fixed, texts: [{'no ' * 100}]}}]"
     with pytest.raises(DataError, match=r"longest random response does not fit .*\(tokens=155\)"):
         prepare_streams(recipe("tofu-forget10", shared, long, "data.max_tokens=140"), facts, place)
+
+
+def test_the_command_takes_sets_out_of_s3(bucket: Any, base: Path, tmp_path: Path) -> None:
+    for name, count in (("forget/a.jsonl", 3), ("forget/b.jsonl", 4), ("normal.jsonl", 5)):
+        lines = [json.dumps({"question": f"{name} {i}?", "answer": "Yes."}) for i in range(count)]
+        with bucket.open_output_stream(f"bucket/{name}") as stream:
+            stream.write("\n".join(lines).encode())
+    content = {
+        "name": "s3", "storage": str(tmp_path), "models": {"original": {"type": "pretrained", "path": str(base)}},
+        "data": {
+            "folder": "s3://bucket", "max_tokens": 100,
+            "forget": [{"type": "files", "path": "forget/*.jsonl"}],
+            "normal": [{"type": "files", "path": "normal.jsonl"}],
+        },
+        "objective": {"forget": {"type": "gradient_ascent"}, "normal": {"type": "nll"}},
+    }  # fmt: skip
+    (tmp_path / "s3.yaml").write_text(yaml.safe_dump(content))
+    done = command("prepare", str(tmp_path / "s3.yaml"), "--show", "1")
+    assert done.returncode == 0, done.stderr
+    assert "\nforget     7  " in done.stdout
+    assert "\nnormal     5  " in done.stdout
+    assert "forget/a.jsonl 0?␤Answer:[" in done.stdout
 
 
 def test_the_command(shared: Path, tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 import gzip
 import json
-import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -220,29 +218,6 @@ def test_a_large_file_is_hashed_again_only_when_it_changes(tmp_path: Path, monke
         assert fingerprint(files(path), tmp_path) == before
     path.write_text(path.read_text().replace("a?", "z?"))
     assert fingerprint(files(path), tmp_path) != before
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An S3 server of our own, reached as its users reach theirs: by the environment."""
-    from moto.server import ThreadedMotoServer
-    from pyarrow import fs
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    endpoint = "http://{}:{}".format(*server.get_host_and_port())
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    locations._connect.cache_clear()
-    store = fs.S3FileSystem(endpoint_override=endpoint, allow_bucket_creation=True)
-    store.create_dir("bucket")
-    yield store
-    server.stop()
-    locations._connect.cache_clear()
 
 
 def test_s3_gives_the_same_records_as_the_disk(tmp_path: Path, bucket: Any) -> None:
