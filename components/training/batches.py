@@ -79,13 +79,17 @@ class Batcher(NamedTuple):
     world: int
 
     def counts(self, rows: StepRows) -> dict[str, int]:
-        """Answer tokens of each group over all ranks and micro-batches: what each term is divided by."""
+        """Answer tokens of each group, and its rows as `<group>_rows`, over all ranks and micro-batches.
+
+        What each term is divided by.
+        """
         sets = (
             ("forget", self.forget, rows.forget),
             ("random", self.pool, rows.random),
             ("normal", self.normal, rows.normal),
         )
-        return {group: sum(own.lengths(i)[1] for i in chosen.flat) if own else 0 for group, own, chosen in sets}
+        tokens = {group: sum(own.lengths(i)[1] for i in chosen.flat) if own else 0 for group, own, chosen in sets}
+        return tokens | {f"{group}_rows": chosen.size for group, _, chosen in sets}
 
     def share(self, rows: StepRows) -> np.ndarray:
         """Places in the step's batch that this rank takes, longest first.

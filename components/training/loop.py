@@ -99,7 +99,7 @@ def make_batcher(job: Job, rank: int, world: int, device: torch.device) -> Batch
 def combine(
     logits: Tensor, batch: MicroBatch, objective: Objective, counts: dict[str, int], references: dict[str, Reference]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """ε1·L_fgt + ε2·L_rdn + ε3·L_nor of one micro-batch, each term over its global token count.
+    """ε1·L_fgt + ε2·L_rdn + ε3·L_nor of one micro-batch, each term over its global count.
 
     Returns the loss to differentiate and what to log; both add up to the step's values over micro-batches and ranks.
     """
@@ -109,11 +109,13 @@ def combine(
         if term is None:
             continue
         answers = batch.groups[group]
-        function, inputs = TERMS[term.type]
-        total, metrics = function(**_term_inputs(logits, answers, inputs, references.get(group)))
-        loss = loss + term.weight * total / counts[group]
-        parts["loss"] = parts["loss"] + (term.weight * total / counts[group]).detach()
-        parts[f"{group}_loss"] = total.detach() / counts[group]
+        function, inputs, per = TERMS[term.type]
+        settings = term.model_dump(exclude={"type", "weight", "responses"})
+        total, metrics = function(**_term_inputs(logits, answers, inputs, references.get(group)), **settings)
+        mean = total / counts[group if per == "token" else f"{group}_rows"]
+        loss = loss + term.weight * mean
+        parts["loss"] = parts["loss"] + (term.weight * mean).detach()
+        parts[f"{group}_loss"] = mean.detach()
         parts |= {f"{group}_{name}": value / counts[group] for name, value in metrics.items()}
     return loss, parts
 
@@ -122,7 +124,7 @@ def _term_inputs(
     logits: Tensor, answers: Answers, names: tuple[str, ...], reference: Reference | None
 ) -> dict[str, Tensor]:
     own = logits[answers.first : answers.first + len(answers.targets)]
-    inputs: dict[str, Tensor] = {"logits": own, "mask": answers.mask}
+    inputs: dict[str, Tensor] = {"logits": own, "mask": answers.mask, "targets": answers.targets}
     if "logp" in names:
         flat = -torch.nn.functional.cross_entropy(own.float(), answers.targets, reduction="none")
         inputs["logp"] = answers.padded(flat)

@@ -46,7 +46,7 @@ def needs(objective: Objective) -> dict[str, What]:
     """What each group's term asks of the original model."""
     from components.objectives.terms import TERMS  # imports torch
 
-    inputs = {group: TERMS[term.type][1] for group, term in objective if term is not None}
+    inputs = {group: TERMS[term.type].inputs for group, term in objective if term is not None}
     wanted: dict[str, What] = {group: "hidden" for group, names in inputs.items() if "original_logits" in names}
     return wanted | {group: "logp" for group, names in inputs.items() if "original_logp" in names}
 
