@@ -1,6 +1,7 @@
 """The training loop: against a plain PyTorch loop, and the same on any number of workers and micro-batches."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -198,6 +199,37 @@ def test_forgetting_goes_the_right_way(make_job, tmp_path: Path) -> None:
     assert last["train/random_loss"] < first["train/random_loss"]
     assert last["train/normal_loss"] < 1.0
     assert all(0 <= line["train/clip_fraction"] <= 1 for line in lines(job))
+
+
+@pytest.mark.parametrize(
+    ("term", "at_the_original"),
+    [
+        ({"type": "bounded_ascent", "bound": 3.0}, None),
+        ({"type": "npo", "beta": 0.2}, 2 / 0.2 * math.log(2)),  # nothing forgotten yet: the ratio is 1 for every row
+        ({"type": "simnpo"}, None),
+        ({"type": "wga"}, None),
+        ({"type": "satimp", "beta1": 1.0, "weight": 3.0}, None),  # at its own β1 = 5 only what is known by heart counts
+        ({"type": "ce_u"}, None),
+        ({"type": "undial"}, None),
+    ],
+    ids=lambda value: value["type"] if isinstance(value, dict) else "",
+)
+def test_every_forget_term_forgets_however_the_batch_is_split(
+    make_job, tmp_path: Path, term: dict, at_the_original: float | None
+) -> None:
+    normal = {"npo": "reverse_kl", "simnpo": "jensen_shannon"}.get(term["type"], "nll")
+    objective = Objective.model_validate({"forget": term, "normal": {"type": normal}})
+    whole, split = (
+        make_job(f"micro{size}", TRAIN.model_copy(update={"micro_batch_size": size}), objective=objective, random=None)
+        for size in (8, 3)
+    )
+    assert distance(run(whole, tmp_path), run(split, tmp_path)) < 1e-5
+    first, last = lines(whole)[0], lines(whole)[-1]
+    assert last["train/forget_token_probability"] < first["train/forget_token_probability"]
+    if at_the_original is not None:
+        assert first["train/forget_loss"] == pytest.approx(at_the_original, rel=1e-6)
+    if normal != "nll":
+        assert first["train/normal_loss"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_term_left_out_is_not_computed(make_job, tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""Sources and the three sets."""
+
+import ast
+import string
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from components.config.section import Section
+
+
+class Rows(Section):
+    """What to take from each record of a source."""
+
+    prompt: str = "question"
+    """Column of the prompt, or a text with columns in braces, such as `"{knowledge}\n{question}"`. A column may also
+    hold a list of chat messages, each with role and content."""
+    answer: str = "answer"
+    """Column of the answer, or a text with columns in braces. A list of texts makes a row for each."""
+    split_answers: str | None = Field(None, min_length=1)
+    """Separator of several answers in one field, such as `"; "`: each makes a row."""
+    dialogue: str | None = None
+    """Column of a whole dialogue, in place of prompt and answer: a list of chat messages, or text whose turns begin
+    with `turns`. Its last turn is the answer."""
+    turns: tuple[str, str] = ("\n\nHuman:", "\n\nAssistant:")
+    """What a user's and an assistant's turn begin with in a dialogue's text."""
+    paraphrased_answer: str | None = None
+    """Column with a true answer in other words (evaluation only)."""
+    perturbed_answer: str | None = None
+    """Column with a list of wrong answers of the same form (evaluation only)."""
+    where: str | None = None
+    """Take only records for which this holds, such as `is_safe == false and severity > 1`. Columns stand by name, or
+    as `row["a name"]`; the others are counted, not set aside."""
+    limit: int | None = Field(None, ge=1)
+    """Take only the first so many records of each file, before `where`."""
+
+    @field_validator("prompt", "answer")
+    @classmethod
+    def _braces_hold_columns(cls, text: str) -> str:
+        try:
+            fields = [name for _, name, *_ in string.Formatter().parse(text) if name is not None]
+        except ValueError as error:
+            raise ValueError(f"is neither a column nor a text with columns in braces: {error}") from None
+        if not all(fields):
+            raise ValueError("has empty braces; name a column in them")
+        return text
+
+    @field_validator("where")
+    @classmethod
+    def _is_expression(cls, text: str | None) -> str | None:
+        if text is not None:
+            try:
+                ast.parse(text.strip(), mode="eval")
+            except SyntaxError as error:
+                raise ValueError(f"is not an expression ({error.msg}); write such as: is_safe == false") from None
+        return text
+
+
+class Files(Rows):
+    """Files with one record a line or row, on this machine or in an object store."""
+
+    type: Literal["files"]
+    path: str | list[str]
+    """File, glob or list of them; `s3://` and `gs://` too. JSON lines, JSON, CSV or Parquet, told by the suffix;
+    `.gz` may follow. A JSON array is read whole; lines are streamed."""
+    format: Literal["auto", "json", "csv", "parquet", "lines"] = "auto"
+    """What the suffix does not tell. `lines` makes a record of each line, its column is `text`."""
+
+
+class HuggingFace(Rows):
+    """A data set in Hugging Face's form."""
+
+    type: Literal["huggingface"]
+    path: str
+    """Hub id, or a folder written by `datasets.save_to_disk`."""
+    subset: str | None = None
+    """The hub's configuration name, such as `forget10`."""
+    data_dir: str | None = None
+    """The hub's folder to read, such as `harmless-base`."""
+    split: str = "train"
+    revision: str | None = None
+    local: str | None = None
+    """Where the same records lie under `data.folder`; taken instead of the hub when `data.folder` is given."""
+
+
+class Text(Section):
+    """Plain text, cut into windows of tokens: the model goes on from a prefix, without template or EOS."""
+
+    type: Literal["text"]
+    path: str | list[str]
+    """File, glob or list of them; `s3://` and `gs://` too. `.gz` may follow."""
+    prefix_tokens: int = Field(64, ge=1)
+    """Tokens that a window begins with, as the prompt."""
+    continuation_tokens: int = Field(64, ge=1)
+    """Tokens that follow, as the answer."""
+    overlap: int = Field(0, ge=0)
+    """Tokens that a window shares with the next."""
+    limit: int | None = Field(None, ge=1)
+    """Take only the first so many lines of each file."""
+
+    @model_validator(mode="after")
+    def _windows_move_on(self) -> "Text":
+        if self.overlap >= self.prefix_tokens + self.continuation_tokens:
+            raise ValueError("overlap must be smaller than prefix_tokens + continuation_tokens")
+        return self
+
+
+class People(Rows):
+    """The made-up benchmark: fictional people whose facts no other text holds (see `components/data/people.py`)."""
+
+    type: Literal["people"]
+    split: Literal["forget", "normal", "holdout", "general"]
+    people: int = Field(120, ge=4)
+    """How many people there are, those to forget and the holdout included."""
+    forget_people: int = Field(12, ge=1)
+    holdout_people: int = Field(12, ge=1)
+    seed: int = 0
+
+
+class FixedAnswers(Section):
+    """Answers written in the recipe, to steer towards."""
+
+    type: Literal["fixed"]
+    texts: list[str] = Field(min_length=1)
+    """Such as `I can't help with that.`"""
+
+
+Source = Annotated[Files | HuggingFace | Text | People, Field(discriminator="type")]
+PoolSource = Annotated[Files | HuggingFace | Text | People | FixedAnswers, Field(discriminator="type")]
+
+
+class Data(Section):
+    """The three sets and how their text becomes tokens."""
+
+    forget: list[Source] = []
+    """What the model must forget: prompts and the answers to unlearn."""
+    normal: list[Source] = []
+    """Behaviour to keep."""
+    random: list[PoolSource] = []
+    """Pool of unrelated answers; only the answers are used. Another set's answers: name the same sources again."""
+    folder: str | None = None
+    """Where relative paths of files start, those of evaluation sets too; applied when the recipe is loaded."""
+    template: str | None = Field(None, pattern=r"\{prompt\}")
+    """How a prompt is written, such as `"Question: {prompt}\nAnswer:"`. The answer follows after `answer_prefix` and
+    ends with EOS. Left out, it is the tokenizer's chat template, or the one shown here where there is none."""
+    answer_prefix: str = " "
+    """What stands between a prompt by `template` and its answer; counted as answer."""
+    system: str | None = None
+    """System message in front of every prompt."""
+    chat_variables: dict[str, str | bool | int] = {}
+    """Further variables of the chat template, such as `date_string` or `enable_thinking`."""
+    max_tokens: int = Field(256, ge=8)
+    """Longest prompt with answer."""
+    on_long: Literal["quarantine", "truncate"] = "quarantine"
+    """Longer rows are set aside, or their answer loses its end (and with it its EOS)."""
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Stop when more than this share of a set's rows is unusable."""
+    overlap: Literal["error", "drop_from_normal", "keep"] = "error"
+    """What to do with rows that stand in forget and in normal, letter case and spaces aside."""
+    cache: bool = True
+    """Keep the three sets' prepared rows for later runs. Without it, they lie in the run's folder while it runs, and
+    of the normal set only the first rows are read, as many as the run uses."""
