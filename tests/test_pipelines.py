@@ -225,7 +225,6 @@ def no_eos(folder: Path, base: Path) -> str:
 
 def test_bad_input_is_one_paragraph_with_an_exit_code(tmp_path: Path, recipe: Path, base: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "other.jsonl").write_text('{"prompt": "q", "answer": "a"}\n')
     given = "models.original={type: pretrained, path: %s}"
     cases = [
         (2, "Recipe nowhere.yaml does not exist", ["nowhere.yaml"]),
@@ -233,7 +232,6 @@ def test_bad_input_is_one_paragraph_with_an_exit_code(tmp_path: Path, recipe: Pa
         (2, "Did you mean workers?", [str(recipe), "train.wokers=1"]),
         (2, "Rows may be longer than the model's context", [str(recipe), "data.max_tokens=500"]),
         (1, "Data is empty", [str(recipe), f"data.forget=[{{type: files, path: {tmp_path}/empty.jsonl}}]"]),
-        (1, "no column 'question'", [str(recipe), f"data.forget=[{{type: files, path: {tmp_path}/other.jsonl}}]"]),
         (1, "Data file not found", [str(recipe), "data.forget=[{type: files, path: /nowhere.jsonl}]"]),
         (1, "Cluster is too small (train.workers=99", [str(recipe), "train.workers=99"]),
         (1, "Model folder does not exist", [str(recipe), given % "/nowhere"]),

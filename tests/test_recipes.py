@@ -155,6 +155,7 @@ def test_a_response_that_cannot_fit_is_told_before_anything_runs(shared: Path, p
         prepare_streams(recipe("tofu-forget10", shared, long, "data.max_tokens=140"), facts, place)
 
 
+@pytest.mark.slow
 def test_the_command_takes_sets_out_of_s3(bucket: Any, base: Path, tmp_path: Path) -> None:
     for name, count in (("forget/a.jsonl", 3), ("forget/b.jsonl", 4), ("normal.jsonl", 5)):
         lines = [json.dumps({"question": f"{name} {i}?", "answer": "Yes."}) for i in range(count)]

@@ -204,7 +204,7 @@ def test_forgetting_goes_the_right_way(make_job, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("term", "at_the_original"),
     [
-        ({"type": "bounded_ascent", "bound": 3.0}, None),
+        ({"type": "bounded_ascent", "bound": 3.0, "weight": 1.0}, None),
         ({"type": "npo", "beta": 0.2}, 2 / 0.2 * math.log(2)),  # nothing forgotten yet: the ratio is 1 for every row
         ({"type": "simnpo"}, None),
         ({"type": "wga"}, None),
@@ -220,7 +220,12 @@ def test_every_forget_term_forgets_however_the_batch_is_split(
     normal = {"npo": "reverse_kl", "simnpo": "jensen_shannon"}.get(term["type"], "nll")
     objective = Objective.model_validate({"forget": term, "normal": {"type": normal}})
     whole, split = (
-        make_job(f"micro{size}", TRAIN.model_copy(update={"micro_batch_size": size}), objective=objective, random=None)
+        make_job(
+            f"micro{size}",
+            TRAIN.model_copy(update={"micro_batch_size": size, "steps": 8}),
+            objective=objective,
+            random=None,
+        )
         for size in (8, 3)
     )
     assert distance(run(whole, tmp_path), run(split, tmp_path)) < 1e-5
