@@ -91,12 +91,16 @@ def hide_gpus() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
 
 
+def _made_in_worker(make: Any, arguments: tuple[Any, ...], gpus: int) -> Any:
+    if not gpus:
+        hide_gpus()
+    quiet_libraries()
+    return make(*arguments)
+
+
 class _Worker:
     def __init__(self, make: Any, arguments: tuple[Any, ...], gpus: int):
-        if not gpus:
-            hide_gpus()
-        quiet_libraries()
-        self.function = make(*arguments)
+        self.function = _made_in_worker(make, arguments, gpus)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         result = self.function(batch.drop_columns("batch"))
@@ -105,10 +109,7 @@ class _Worker:
 
 class _PartWorker:
     def __init__(self, make: Any, arguments: tuple[Any, ...], gpus: int):
-        if not gpus:
-            hide_gpus()
-        quiet_libraries()
-        self.function = make(*arguments)
+        self.function = _made_in_worker(make, arguments, gpus)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {"size": np.array([self.function(int(part)) for part in batch["part"]])}

@@ -23,6 +23,12 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
+def rows_line(rows: int, seconds: float, share: float | None) -> str:
+    """Progress of a pass over rows: how many, how fast and, where the `share` done is known, how long it will take."""
+    line = f"{rows:,} rows  {rows / seconds:,.0f} rows/s"
+    return line + (f"  {share:.0%}  left {duration(seconds / share - seconds)}" if share else "")
+
+
 def progress_line(line: Mapping[str, Any], tokens_per_second: float, step_seconds: float) -> str:
     """One line of metrics.jsonl for the console: step, each term, gradient norm, clip fraction, speed, time left."""
     parts = [f"step {line['step']:>{len(str(line['steps']))}}/{line['steps']}"]

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
+
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
@@ -32,3 +34,17 @@ def write_whole(file: Path, text: str) -> None:
     partial = file.with_name(f"{file.name}.partial-{uuid.uuid4().hex[:8]}")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)
+
+
+def write_arrow(table: pa.Table, file: Path) -> None:
+    """One record batch, uncompressed: read back by `map_arrow`, any row is at hand without decoding its neighbours."""
+    partial = file.with_name(f"{file.name}.partial-{uuid.uuid4().hex[:8]}")
+    with pa.OSFile(str(partial), "wb") as stream, pa.ipc.new_file(stream, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    os.replace(partial, file)
+
+
+def map_arrow(file: Path) -> pa.Table:
+    """A file of `write_arrow`, memory-mapped: only what is touched is read."""
+    with pa.memory_map(str(file)) as stream, pa.ipc.open_file(stream) as reader:
+        return reader.read_all()

@@ -147,7 +147,6 @@ def _make(recipe: Recipe, name: str, sources: Sequence[Source]) -> Model:
         objective=Objective(normal=Nll(type="nll")),
         optimizer=finetune.optimizer,
         train=finetune.train,
-        max_tokens=recipe.data.max_tokens,
         seed=recipe.seed,
     )
     check_cluster_for(recipe)

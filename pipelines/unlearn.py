@@ -227,7 +227,6 @@ def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, clie
         objective=recipe.objective,
         optimizer=recipe.optimizer,
         train=recipe.train,
-        max_tokens=recipe.data.max_tokens,
         seed=recipe.seed,
     )
     place = storage_folder(recipe) if recipe.data.cache else folder

@@ -30,7 +30,8 @@ from components.data import locations
 from components.data.mapping import source_texts
 from components.data.prepare import Prepared, prepare
 from components.data.rows import PreparedRows
-from components.data.tokenise import ROWS, _write_rows
+from components.data.tokenise import ROWS
+from components.files import write_arrow
 from components.models import load_tokenizer, make_scratch, quiet_libraries, tokenizer_facts
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -53,7 +54,7 @@ def write_rows(folder: Path, ids: list[list[int]], starts: list[int], shard: int
             for i in range(first, min(first + shard, len(ids)))
         ]
         names.append([f"000-000000-{first // shard:06d}", len(rows)])
-        _write_rows(pa.Table.from_pylist(rows, schema=ROWS), folder / "rows" / f"{names[-1][0]}.arrow")
+        write_arrow(pa.Table.from_pylist(rows, schema=ROWS), folder / "rows" / f"{names[-1][0]}.arrow")
     summary = {
         "shards": names, "good": len(ids), "bad": 0, "filtered": 0, "reasons": {}, "tokens": sum(map(len, ids)),
         "longest_prompt": max(starts), "longest_answer": max(len(i) - s for i, s in zip(ids, starts, strict=True)),

@@ -344,14 +344,15 @@ def test_rows_are_at_hand_one_by_one(tmp_path: Path, facts, monkeypatch: pytest.
     sources = [
         jsonl(tmp_path / f"{k}.jsonl", [{"question": f"q{i}", "answer": f"a{k}"} for i in range(k)]) for k in (3, 1, 7)
     ]
-    opened = PreparedRows(prepare(sources, "pairs", Data(), facts, tmp_path).folder)
+    prepared = prepare(sources, "pairs", Data(), facts, tmp_path)
+    opened = PreparedRows(prepared.folder)
     table = opened.table().to_pylist()
     assert len(opened) == len(table) == 11
     for i, row in enumerate(table):
         assert [*opened.prompt(i), *opened.answer(i)] == row["input_ids"]
         assert opened.lengths(i) == (row["answer_start"], len(row["input_ids"]) - row["answer_start"])
         assert opened.row_id(i) == row["row_id"]
-    assert opened.longest_prompt == max(row["answer_start"] for row in table)
+    assert summary_of(prepared)["longest_prompt"] == max(row["answer_start"] for row in table)
 
 
 def test_questions_carry_their_candidate_answers(tmp_path: Path, base: Path, facts) -> None:

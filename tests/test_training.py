@@ -40,7 +40,7 @@ def original(base: Path, streams: dict[str, Prepared], storage: Path) -> Path:
         model=str(base), output=str(output), metrics=str(storage / "original.jsonl"),
         normal=str(streams["normal"].folder), objective=Objective(normal=Nll(type="nll")),
         optimizer=AdamW(type="adamw", lr=3e-3),
-        train=Train(workers=0, zero_stage=0, batch_size=16, micro_batch_size=16, steps=60), max_tokens=96, seed=0,
+        train=Train(workers=0, zero_stage=0, batch_size=16, micro_batch_size=16, steps=60), seed=0,
     )  # fmt: skip
     run_job(job, storage)
     losses = [json.loads(line)["train/normal_loss"] for line in (storage / "original.jsonl").read_text().splitlines()]
@@ -53,7 +53,7 @@ def make_job(original: Path, streams: dict[str, Prepared], storage: Path, tmp_pa
     def make(name: str, train: Train = TRAIN, **changes) -> Job:
         settings = {
             "model": str(original), "output": str(tmp_path / name), "metrics": str(tmp_path / f"{name}.jsonl"),
-            "objective": OBJECTIVE, "optimizer": SOUL, "train": train, "max_tokens": 96,
+            "objective": OBJECTIVE, "optimizer": SOUL, "train": train,
             "seed": 5, **{stream: str(prepared.folder) for stream, prepared in streams.items()},
         }  # fmt: skip
         job = Job(**{**settings, **changes})

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from components.config import Data, PoolSource, digest
-from components.console import duration
+from components.console import rows_line
 from components.data import locations
 from components.data.mapping import Unusable
 from components.data.prompts import Encoder, TokenizerFacts
@@ -182,7 +182,7 @@ def _summed_up(
                 place, number = (next(waiting, ""), 0) if done[name]["last"] else (place, number + 1)
             if time.monotonic() - told > _TELL_EVERY:
                 told = time.monotonic()
-                tell(_progress(rows, told - started, _share(read, sizes, need, good)))
+                tell(rows_line(rows, told - started, _share(read, sizes, need, good)))
             if (need is not None and good >= need) or (bad > _HOPELESS and not good):
                 break
     reasons: Counter[str] = Counter()
@@ -208,11 +208,6 @@ def _share(read: dict[str, float], sizes: dict[str, int], need: int | None, good
         return None
     share = sum(fraction * sizes[place] for place, fraction in read.items()) / max(1, sum(sizes.values()))
     return max(share, min(1.0, good / need)) if need else share
-
-
-def _progress(rows: int, seconds: float, share: float | None) -> str:
-    line = f"{rows:,} rows  {rows / seconds:,.0f} rows/s"
-    return line + (f"  {share:.0%}  left {duration(seconds / share - seconds)}" if share else "")
 
 
 def _check(prepared: Prepared, summary: dict[str, Any], sources: Sequence[PoolSource], data: Data) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from components.files import map_arrow
+
 _OPEN_SHARDS = 512
 
 
@@ -15,8 +17,6 @@ class PreparedRows:
 
     def __init__(self, folder: Path, without: Path | None = None):
         summary = json.loads((folder / "summary.json").read_text())
-        self.longest_prompt: int = summary["longest_prompt"]
-        self.longest_answer: int = summary["longest_answer"]
         self._folder = folder
         self._names = [name for name, _ in summary["shards"]]
         self._ends = np.cumsum([count for _, count in summary["shards"]], dtype=np.int64)
@@ -76,8 +76,7 @@ class PreparedRows:
 
 def read_shard(folder: Path, name: str) -> pa.Table:
     """One file of rows, memory-mapped."""
-    with pa.memory_map(str(folder / "rows" / f"{name}.arrow")) as stream, pa.ipc.open_file(stream) as reader:
-        return reader.read_all()
+    return map_arrow(folder / "rows" / f"{name}.arrow")
 
 
 def shard_names(folder: Path) -> list[str]:

@@ -21,7 +21,7 @@ from components.config import Data, FixedAnswers, PoolSource, Text
 from components.data.mapping import Example, Prompt, Unusable, examples, parse, raw_text, record_filter, shown
 from components.data.prompts import Encoder, TokenizerFacts, Tokens
 from components.data.sources import Record, open_records
-from components.files import write_whole
+from components.files import write_arrow, write_whole
 
 _CHUNK_RECORDS, _CHUNK_BYTES = 1 << 14, 1 << 24
 _AT_ONCE = 512  # records whose encodings, some hundred bytes a token, lie in memory together
@@ -87,7 +87,7 @@ def _tokenise(chunk: dict[str, Any], folder: Path) -> dict[str, Any]:
         filtered += skipped
     table = pa.concat_tables(tables) if tables else ROWS.empty_table()
     if len(table):
-        _write_rows(table, folder / "rows" / f"{chunk['name']}.arrow")
+        write_arrow(table, folder / "rows" / f"{chunk['name']}.arrow")
     if aside:
         lines = [json.dumps({"file": chunk["file"], **row}, ensure_ascii=False) + "\n" for row in aside]
         write_whole(folder / "quarantine" / f"{chunk['name']}.jsonl", "".join(lines))
@@ -113,14 +113,6 @@ def _encoder(folder: Path) -> Encoder:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Ray runs as many tasks as there are CPUs; each is one thread
     settings = _settings(folder / "settings.json")
     return Encoder(TokenizerFacts(**settings["tokenizer"]), settings["data"])
-
-
-def _write_rows(table: pa.Table, file: Path) -> None:
-    """One record batch, uncompressed: read back memory-mapped, any row is at hand without decoding its neighbours."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}")
-    with pa.OSFile(str(partial), "wb") as stream, pa.ipc.new_file(stream, ROWS) as writer:
-        writer.write_table(table.combine_chunks())
-    os.replace(partial, file)
 
 
 def _rows(

@@ -30,7 +30,6 @@ class Job(Section):
     objective: Objective
     optimizer: Optimizer
     train: Train
-    max_tokens: int
     seed: int
 
 

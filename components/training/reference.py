@@ -6,7 +6,6 @@ themselves; what a later job with the same rows needs is found again.
 
 import functools
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,10 @@ import pyarrow as pa
 
 from components.batch_inference import run_parts
 from components.config import Objective, digest
-from components.console import duration
+from components.console import rows_line
 from components.data.rows import PreparedRows
 from components.data.streams import Plan
-from components.files import whole_folder
+from components.files import map_arrow, whole_folder, write_arrow
 from components.models import inference_device, load_model
 from components.training.job import Job, make_plan, open_sets, total_steps
 
@@ -86,9 +85,7 @@ def reference_pass(
             done += size
             if tell and time.monotonic() - told > _TELL_EVERY:
                 told = time.monotonic()
-                share = done / len(sequences.keys)
-                left = (told - started) * (1 / share - 1)
-                tell(f"{done:,} rows  {done / (told - started):,.0f} rows/s  {share:.0%}  left {duration(left)}")
+                tell(rows_line(done, told - started, done / len(sequences.keys)))
     return folder
 
 
@@ -147,11 +144,7 @@ class ReferenceWorker:
                 results[i] = result
         kind = pa.large_binary() if self.what == "hidden" else pa.list_(pa.float32())
         table = pa.table({self.what: pa.array(results, kind)})
-        file = self.folder / f"part-{part:06d}.arrow"
-        partial = file.with_name(f"{file.name}.{os.getpid()}")
-        with pa.OSFile(str(partial), "wb") as stream, pa.ipc.new_file(stream, table.schema) as writer:
-            writer.write_table(table)
-        os.replace(partial, file)
+        write_arrow(table, self.folder / f"part-{part:06d}.arrow")
         return len(pairs)
 
     def _pass(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[Any]:
@@ -182,9 +175,8 @@ class Reference:
         self._folder = folder
         self._keys = np.load(folder / "keys.npy", mmap_mode="r")
         self._part = functools.lru_cache(maxsize=128)(self._open_part)
-        head = (
-            load_file(folder / "head.safetensors", device=str(device)) if (folder / "head.safetensors").exists() else {}
-        )
+        file = folder / "head.safetensors"  # of a pass for hidden states
+        head = load_file(file, device=str(device)) if file.exists() else {}
         self.weight, self.bias = head.get("weight"), head.get("bias")
 
     def hidden(self, key: int) -> Any:
@@ -215,5 +207,4 @@ class Reference:
         return self._part(place // _PART)[column].chunk(0)[place % _PART]
 
     def _open_part(self, part: int) -> pa.Table:
-        with pa.memory_map(str(self._folder / f"part-{part:06d}.arrow")) as stream, pa.ipc.open_file(stream) as reader:
-            return reader.read_all()
+        return map_arrow(self._folder / f"part-{part:06d}.arrow")
