@@ -142,6 +142,14 @@ def context_length(folder: Path) -> int | None:
     return config.get("max_position_embeddings") or config.get("n_positions")
 
 
+def hidden_size(folder: Path) -> int:
+    """Width of the last hidden states that the output layer takes, from the config."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    return int(getattr(config, "word_embed_proj_dim", config.hidden_size))
+
+
 def load_model(folder: Path, dtype: str = "fp32") -> Any:
     """The model in evaluation mode.
 

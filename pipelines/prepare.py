@@ -12,6 +12,8 @@ import uuid
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from components.config import Pretrained, Recipe
 from components.console import table
 from components.data.overlap import Overlap, find_overlap
@@ -82,12 +84,14 @@ def prepare_streams(recipe: Recipe, facts: TokenizerFacts, place: Path) -> Strea
     if objective.normal:
         need = None if data.cache else _rows_needed(recipe, forget)
         normal = prepare(data.normal, "pairs", data, facts, place, need=need, tell=telling("normal"))
-    if objective.random:
+    if "random" in objective.groups():
         pool = prepare(data.random, "answers", data, facts, place, tell=telling("random"))
     if forget and normal:
         overlap = find_overlap(forget, normal, data.overlap, place)
     if forget and pool:
         _check_that_responses_fit(forget, pool, data.max_tokens)
+        if data.responses == "by_row":
+            _check_that_rows_belong_together(forget, pool)
     without = overlap.rows if overlap and data.overlap == "drop_from_normal" else None
     if normal and without and not len(PreparedRows(normal.folder, without)):
         raise DataError("No normal row is left (data.overlap=drop_from_normal): all stand in forget too. Give others.")
@@ -100,6 +104,19 @@ def _check_that_responses_fit(forget: Prepared, pool: Prepared, max_tokens: int)
         raise DataError(
             f"The longest random response does not fit behind the longest forget prompt (tokens={longest}). Expected "
             f"at most data.max_tokens={max_tokens}. Raise it or take shorter responses."
+        )
+
+
+def _check_that_rows_belong_together(forget: Prepared, pool: Prepared) -> None:
+    own, other = PreparedRows(forget.folder).lines(), PreparedRows(pool.folder).lines()
+    if len(own) != len(other) or (own != other).any():
+        both = min(len(own), len(other))
+        first = int(np.argmax(own[:both] != other[:both])) if (own[:both] != other[:both]).any() else both
+        raise DataError(
+            f"Rows of random do not belong to those of forget one by one (forget={len(own)}, random={len(other)}, "
+            f"first difference at row {first + 1}). Expected the same records in the same order, none set aside in "
+            "only one. "
+            "Name the same sources with another answer column, or set data.responses=drawn."
         )
 
 

@@ -138,7 +138,7 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
     uri = tracking_uri(recipe.tracking, storage)
     client = make_client(uri)
     tags = {
-        "objective": "+".join(term.type for _, term in recipe.objective if term),
+        "objective": "+".join(term.type for term in recipe.objective.terms().values()),
         "optimizer": recipe.optimizer.type,
         "recipe": recipe.name,
         "config_hash": config_hash(recipe),
@@ -217,7 +217,8 @@ def _prepare(recipe: Recipe, original: Model, place: Path) -> Streams:
 def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, client: Any, run_id: str) -> dict[str, Any]:
     metrics = folder / "metrics.jsonl"
     metrics.unlink(missing_ok=True)  # of a run that did not reach its end
-    shutil.rmtree(folder / "model", ignore_errors=True)
+    for name in ("model", "adapter"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     job = Job(
         model=str(original.folder),
         output=str(folder / "model"),
@@ -227,6 +228,8 @@ def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, clie
         objective=recipe.objective,
         optimizer=recipe.optimizer,
         train=recipe.train,
+        mask=recipe.mask,
+        responses_by_row=recipe.data.responses == "by_row",
         seed=recipe.seed,
     )
     place = storage_folder(recipe) if recipe.data.cache else folder

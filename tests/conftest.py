@@ -25,14 +25,18 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from components.config import Data, People, Scratch
+from components.config import AdamW, Data, Nll, Objective, People, Scratch, Train
 from components.data import locations
 from components.data.mapping import source_texts
 from components.data.prepare import Prepared, prepare
 from components.data.rows import PreparedRows
 from components.data.tokenise import ROWS
 from components.files import write_arrow
-from components.models import load_tokenizer, make_scratch, quiet_libraries, tokenizer_facts
+from components.models import fingerprint, load_tokenizer, make_scratch, quiet_libraries, tokenizer_facts
+from components.training.job import Job
+from components.training.launch import run_job
+from components.training.reference import needs, reference_pass
+from tests.training import OBJECTIVE, SOUL, TRAIN
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -129,3 +133,38 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield store
     server.stop()
     locations._connect.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def original(base: Path, streams: dict[str, Prepared], storage: Path) -> Path:
+    """The base model after a few steps on the people's facts."""
+    output = storage / "original"
+    job = Job(
+        model=str(base), output=str(output), metrics=str(storage / "original.jsonl"),
+        normal=str(streams["normal"].folder), objective=Objective(normal=Nll(type="nll")),
+        optimizer=AdamW(type="adamw", lr=3e-3),
+        train=Train(workers=0, zero_stage=0, batch_size=16, micro_batch_size=16, steps=60), seed=0,
+    )  # fmt: skip
+    run_job(job, storage)
+    losses = [json.loads(line)["train/normal_loss"] for line in (storage / "original.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.5 * losses[0]
+    return output
+
+
+@pytest.fixture
+def make_job(original: Path, streams: dict[str, Prepared], storage: Path, tmp_path: Path):
+    def make(name: str, train: Train = TRAIN, **changes) -> Job:
+        settings = {
+            "model": str(original), "output": str(tmp_path / name), "metrics": str(tmp_path / f"{name}.jsonl"),
+            "objective": OBJECTIVE, "optimizer": SOUL, "train": train,
+            "seed": 5, **{stream: str(prepared.folder) for stream, prepared in streams.items()},
+        }  # fmt: skip
+        job = Job(**{**settings, **changes})
+        here = job.model_copy(update={"train": job.train.model_copy(update={"workers": 0})})
+        reference = {
+            group: str(reference_pass(here, group, what, fingerprint(original), storage))
+            for group, what in needs(job.objective).items()
+        }
+        return job.model_copy(update={"reference": reference})
+
+    return make

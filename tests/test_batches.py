@@ -1,4 +1,5 @@
 import functools
+import json
 import math
 import tempfile
 from pathlib import Path
@@ -6,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from components.config import GradientAscent, KlToOriginal, Objective, RandomResponse
+from components.config import Objective
 from components.data.rows import PreparedRows
 from components.data.streams import Plan
 from components.training.batches import Batcher, lay_out
-from components.training.loop import combine
-from components.training.reference import Reference
+from components.training.engine import Outputs
+from components.training.losses import combine
+from components.training.reference import Reference, needs
 from tests.conftest import write_rows
 
 GROUPS = ("forget", "random", "normal")
@@ -93,21 +96,35 @@ def test_an_empty_share_is_a_batch_without_answers() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_empty_share_has_a_loss_of_zero(dtype: torch.dtype) -> None:
-    reference = Reference.__new__(Reference)
-    reference.weight, reference.bias = torch.randn(5, 4, dtype=dtype), None
-    rank = batcher(rank=4, world=5)._replace(references={"normal": reference})
+@pytest.mark.parametrize("forget", ["gradient_ascent", "npo", "dpo", "undial", "rmu"])
+def test_an_empty_share_has_a_loss_of_zero(forget: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """A rank without rows still has a loss that depends on all outputs, so that it takes part in every collective."""
+    objective = Objective.model_validate({
+        "forget": {"type": forget, **({"layer": 1} if forget == "rmu" else {})},
+        "random": {"type": "random_response"},
+        "normal": {"type": "embedding_difference", "layer": 1} if forget == "rmu" else {"type": "kl_to_original"},
+    })  # fmt: skip
+    references = {group: _reference(tmp_path / group, what, dtype) for group, what in needs(objective).items()}
+    rank = batcher(rank=4, world=5)._replace(references=references)
     step_rows = rank.plan.step_rows(1)
     [empty] = rank.micro_batches(step_rows, GROUPS)
-    logits = torch.zeros(0, 5, dtype=dtype, requires_grad=True)
-    objective = Objective(
-        forget=GradientAscent(type="gradient_ascent"), random=RandomResponse(type="random_response"),
-        normal=KlToOriginal(type="kl_to_original"),
-    )  # fmt: skip
-    loss, parts = combine(logits, empty, objective, rank.counts(step_rows), {"normal": reference})
+    outputs = Outputs(*(torch.zeros(0, n, dtype=dtype, requires_grad=True) for n in (5, 4)))
+    weights = dict.fromkeys(GROUPS, 1.0)
+    loss, parts = combine(outputs, empty, objective, weights, rank.counts(step_rows), references, torch.ones(4))
     loss.backward()
     assert loss.item() == 0
     assert all(value.item() == 0 for value in parts.values())
+    assert all(output.grad is not None for output in outputs)
+
+
+def _reference(folder: Path, what: str, dtype: torch.dtype) -> Reference:
+    folder.mkdir()
+    name = "fp32" if dtype == torch.float32 else "bf16"
+    (folder / "about.json").write_text(json.dumps({"what": what, "dtype": name, "size": 4}))
+    np.save(folder / "keys.npy", np.empty(0, dtype=np.int64))
+    if what == "hidden":
+        save_file({"weight": torch.randn(5, 4, dtype=dtype)}, folder / "head.safetensors")
+    return Reference(folder)
 
 
 def test_label_uniforms_do_not_depend_on_the_split() -> None:

@@ -148,3 +148,55 @@ def test_the_readmes_commands_are_accepted() -> None:
         assert (ROOT / pipeline).exists()
         recipes = [str(ROOT / argument) for argument in arguments if argument.endswith(".yaml")]
         assert load_recipe(recipes, [argument for argument in arguments if "=" in argument])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["optimizer={type: adafactor}"], "adafactor factors matrices, but ZeRO 3 hands it flat pieces"),
+        (["optimizer.curvature=hutchinson"], "hutchinson differentiates twice, which ZeRO 3 cannot"),
+        (["optimizer={type: influence}"], "influence needs the gradient's true size"),
+        (["optimizer={type: influence}", "train.schedule=linear"], "influence moves once: give neither warm-up nor"),
+        (["train.zero_stage=0", "train.offload=optimizer"], "offload=optimizer needs zero_stage 1, 2 or 3"),
+        (["train.zero_stage=2", "train.offload=parameters"], "offload=parameters needs zero_stage 3"),
+        (["train.lora={}", "train.trainable=norm"], "lora trains its adapters only"),
+        (["train.trainable='('"], "is not a regular expression"),
+        (["objective.forget={type: nll}"], "give both (task-vector negation) or neither"),
+        (["objective.negate=1.0"], "give both (task-vector negation) or neither"),
+        (
+            ["objective.forget={type: dpo}", "objective.random=null", "data.random=[]"],
+            "dpo prefers the answers",
+        ),
+        (["data.responses=by_row", "objective.random.responses=2"], "by_row gives one response a row"),
+        (["objective.forget.weight={type: balanced}"], "forget.weight=balanced is measured against the forget term's"),
+        (
+            ["objective.forget={type: rmu, layer: 1}", "objective.normal={type: embedding_difference, layer: 2}"],
+            "activations of several layers [1, 2]",
+        ),
+        (
+            ["mask={type: wagle}", "objective.normal=null", "optimizer.curvature_of=all"],
+            "mask weighs the forget",
+        ),
+        (["optimizer.adaptive={low: 0.5, high: 0.2}"], "low 0.5 must be below high 0.2"),
+        (["optimizer={type: sgd, momentum: 0, nesterov: true}"], "nesterov needs a momentum above 0"),
+        (["finetune.optimizer={type: influence}"], "influence is a method to forget"),
+        (["optimizer.curvature_of=forget", "objective.forget=null"], "curvature_of=forget needs objective.forget"),
+        (["objective.forget={type: custom, import_path: nodots}"], "String should match pattern"),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused(overrides: list[str], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe([DEMO], overrides)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("method", sorted((DEMO.parent / "methods").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_method_is_a_recipe_on_top_of_another(method: Path) -> None:
+    """Nothing of the other recipe's objective is left: each names all three terms with their weights."""
+    written = yaml.safe_load(method.read_text())["objective"]
+    assert {"forget", "random", "normal"} <= {*written}
+    assert all("weight" in term for term in (written[g] for g in ("forget", "random", "normal")) if term)
+    recipe = load_recipe([DEMO, method], ["optimizer.type=adamw"])
+    assert {g: term.type for g, term in recipe.objective.terms().items()} == {
+        g: written[g]["type"] for g in ("forget", "random", "normal") if written[g]
+    }

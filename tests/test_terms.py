@@ -12,12 +12,26 @@ import torch
 from torch import Tensor
 
 from components.config import Objective
-from components.objectives.terms import TERMS, ce_u, cross_entropy, gradient_ascent, kl_to_original, npo, simnpo, undial
+from components.objectives.forget import (
+    ce_u,
+    dpo,
+    gradient_ascent,
+    kl_ascent,
+    logit_flattening,
+    max_entropy,
+    npo,
+    rmu,
+    simnpo,
+    undial,
+)
+from components.objectives.keep import cross_entropy, embedding_difference, kl_to_original
+from components.objectives.terms import TERMS
 
 
 def test_every_configured_term_has_a_function() -> None:
     schema = json.dumps(Objective.model_json_schema())
-    assert set(TERMS) == set(re.findall(r'"const": "(\w+)"', schema))
+    weights = {"ramp", "balanced", "dual"}
+    assert set(TERMS) == set(re.findall(r'"const": "(\w+)"', schema)) - weights - {"custom"}
 
 
 def test_three_tokens_in_closed_form() -> None:
@@ -77,7 +91,8 @@ def test_gradient_of_cross_entropy_is_softmax_minus_one_hot() -> None:
 
 SETTINGS: dict[str, dict[str, float]] = {
     "bounded_ascent": {"bound": 1.5}, "npo": {"beta": 0.3}, "simnpo": {"beta": 2.5, "margin": 0.4},
-    "wga": {"beta": 0.7}, "satimp": {"beta1": 2.0, "beta2": 0.5}, "undial": {"beta": 3.0},
+    "wga": {"beta": 0.7}, "satimp": {"beta1": 2.0, "beta2": 0.5}, "undial": {"beta": 3.0}, "dpo": {"beta": 0.4},
+    "rmu": {"coefficient": 2.0},
 }  # fmt: skip
 LENGTHS = [3, 1, 4]
 
@@ -90,6 +105,14 @@ def ragged(seed: int = 0, vocabulary: int = 6) -> tuple[Tensor, Tensor, Tensor]:
     return logits, original, torch.randint(vocabulary, (shape[0],), generator=generator)
 
 
+DIRECTION = torch.tensor([0.6, 0.8, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+
+
+def chosen(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of two chosen answers for each row, made up from those of its own answer and as long."""
+    return z.flip(-1), 0.5 * z.roll(1, -1)
+
+
 def evaluate(name: str, logits: Tensor, original: Tensor, targets: Tensor, lengths: list[int], pad: int = 0) -> Tensor:
     """The term as the loop calls it, from flat logits, with `pad` more columns of padding than needed."""
     mask = (torch.arange(max(lengths) + pad) < torch.tensor(lengths)[:, None]).double()
@@ -98,9 +121,14 @@ def evaluate(name: str, logits: Tensor, original: Tensor, targets: Tensor, lengt
         flat = torch.log_softmax(z.double(), -1).gather(-1, targets[:, None]).squeeze(-1)
         return torch.zeros_like(mask).masked_scatter(mask.bool(), flat)
 
+    def padded_chosen(z: Tensor) -> Tensor:
+        return torch.stack([padded(part) for part in chosen(z)], dim=1).flatten(0, 1)  # those of a row side by side
+
     available = {
         "logp": padded(logits), "original_logp": padded(original).detach(), "mask": mask, "logits": logits,
-        "original_logits": original, "targets": targets,
+        "original_logits": original, "targets": targets, "states": logits, "original_states": original,
+        "direction": DIRECTION, "chosen_logp": padded_chosen(logits),
+        "chosen_original_logp": padded_chosen(original).detach(), "chosen_mask": mask.repeat_interleave(2, 0),
     }  # fmt: skip
     term = TERMS[name]
     assert set(inspect.signature(term.function).parameters) == {*term.inputs, *SETTINGS.get(name, {})}
@@ -152,6 +180,29 @@ def by_hand(name: str, logits: Tensor, original: Tensor, targets: Tensor, length
                 z = original[t].numpy().copy()
                 z[y[k]] -= h["beta"]
                 total -= sum(a * math.log(b) for a, b in zip(distribution(z), p[k], strict=True))
+        elif name == "kl_ascent":
+            total -= sum(
+                b * math.log(b / a) for p_t, q_t in zip(p, q, strict=True) for a, b in zip(p_t, q_t, strict=True)
+            )
+        elif name == "max_entropy":
+            total += sum(a * math.log(a * len(p_t)) for p_t in p for a in p_t)
+        elif name == "logit_flattening":
+            total += sum((max(z) - sum(z) / len(z)) ** 2 for z in (logits[t].tolist() for t in here))
+        elif name in ("rmu", "embedding_difference"):
+            for t in here:
+                goal = [h["coefficient"] * u for u in DIRECTION.tolist()] if name == "rmu" else original[t].tolist()
+                total += sum((a - b) ** 2 for a, b in zip(logits[t].tolist(), goal, strict=True)) / len(goal)
+        elif name == "dpo":
+            for k in range(2):
+                own, reference = (
+                    sum(
+                        math.log(distribution(chosen(z)[k][t].detach().numpy())[y_t])
+                        for t, y_t in zip(here, y, strict=True)
+                    )
+                    for z in (logits, original)
+                )
+                inner = h["beta"] * ((own - reference) - (sum(ce_original) - sum(ce)))
+                total += -2 / h["beta"] * math.log(1 / (1 + math.exp(-inner))) / 2  # the mean over the two chosen
         elif name == "kl_to_original":
             total += sum(
                 b * math.log(b / a) for p_t, q_t in zip(p, q, strict=True) for a, b in zip(p_t, q_t, strict=True)
@@ -234,7 +285,9 @@ def test_a_group_without_rows_gives_zero(name: str, dtype: torch.dtype) -> None:
     mask = torch.zeros(0, 1)
     available = {
         "logp": logits.sum() * mask, "original_logp": mask, "mask": mask, "logits": logits,
-        "original_logits": logits.detach(), "targets": nothing,
+        "original_logits": logits.detach(), "targets": nothing, "states": logits, "original_states": logits.detach(),
+        "direction": torch.ones(6), "chosen_logp": logits.sum() * mask, "chosen_original_logp": mask,
+        "chosen_mask": mask,
     }  # fmt: skip
     term = TERMS[name]
     total, metrics = term.function(**{key: available[key] for key in term.inputs}, **SETTINGS.get(name, {}))
@@ -242,7 +295,7 @@ def test_a_group_without_rows_gives_zero(name: str, dtype: torch.dtype) -> None:
     assert all(value.item() == 0 for value in metrics.values())
 
 
-FORGET = ["gradient_ascent", "bounded_ascent", "npo", "simnpo", "wga", "satimp", "ce_u", "undial"]
+FORGET = ["gradient_ascent", "bounded_ascent", "npo", "simnpo", "dpo", "wga", "satimp", "ce_u", "undial"]
 
 
 @pytest.mark.parametrize("name", FORGET)
@@ -298,9 +351,46 @@ def test_ce_u_and_undial_on_three_tokens_in_closed_form() -> None:
     assert undial(z, z, y, beta=math.log(2))[0].item() == pytest.approx((math.log(2) + 2 * math.log(4)) / 3)
 
 
+def test_dpo_at_the_original_and_without_a_chosen_answer() -> None:
+    """(2/β) log 2 a row, with the gradient of log p(y_l) − log p(y_w); NPO is what remains without y_w."""
+    logp = torch.tensor([[-1.0, -2.0], [-0.5, 0.0]], dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[1.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    wanted = torch.tensor([[-3.0], [-4.0]], dtype=torch.float64, requires_grad=True)
+    ones = torch.ones_like(wanted)
+    total, _ = dpo(logp, logp.detach(), mask, wanted, wanted.detach(), ones, beta=0.5)
+    total.backward()
+    assert total.item() == pytest.approx(2 * 4 * math.log(2))
+    torch.testing.assert_close(logp.grad, mask)
+    torch.testing.assert_close(wanted.grad, -ones)
+    alone = dpo(logp, logp.detach() - 0.7 * mask, mask, wanted, wanted.detach(), ones, beta=0.5)[0]
+    assert alone.item() == pytest.approx(npo(logp, logp.detach() - 0.7 * mask, mask, beta=0.5)[0].item())
+
+
+def test_distributions_and_activations_in_closed_form() -> None:
+    coins = torch.log(torch.tensor([[0.9, 0.1], [0.5, 0.5]], dtype=torch.float64))
+    y = torch.tensor([0, 0])
+    h = -0.9 * math.log(0.9) - 0.1 * math.log(0.1)
+    assert max_entropy(coins, y)[0].item() == pytest.approx(math.log(2) - h)
+    kl = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+    assert kl_ascent(coins[:1], coins[1:], y[:1])[0].item() == pytest.approx(-kl)
+    assert logit_flattening(torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]]), y)[0].item() == pytest.approx(9.0)
+    state = torch.tensor([[3.0, 0.0]])
+    assert rmu(state, torch.tensor([0.6, 0.8]), coefficient=5.0)[0].item() == pytest.approx(16 / 2)
+    assert embedding_difference(state, torch.tensor([[1.0, 1.0]]))[0].item() == pytest.approx(5 / 2)
+
+
+@pytest.mark.parametrize("name", ["max_entropy", "logit_flattening", "rmu"])
+def test_descending_brings_distributions_and_activations_to_their_goal(name: str) -> None:
+    logits, original, targets = ragged()
+    before = evaluate(name, logits.requires_grad_(), original, targets, LENGTHS)
+    before.backward()
+    after = evaluate(name, logits.detach() - 0.02 * logits.grad, original, targets, LENGTHS)
+    assert after.item() < before.item()
+
+
 def test_bf16_is_summed_in_fp32() -> None:
     logits, original, targets = ragged(vocabulary=50)
-    for name in ("kl_to_original", "reverse_kl", "jensen_shannon", "ce_u", "undial"):
+    for name in ("kl_to_original", "reverse_kl", "jensen_shannon", "ce_u", "undial", "kl_ascent", "max_entropy"):
         low = evaluate(name, logits.bfloat16().requires_grad_(), original.bfloat16(), targets, LENGTHS)
         assert low.dtype == torch.float32
         exact = evaluate(name, logits.bfloat16().double(), original.bfloat16().double(), targets, LENGTHS)

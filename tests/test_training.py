@@ -1,6 +1,5 @@
 """The training loop: against a plain PyTorch loop, and the same on any number of workers and micro-batches."""
 
-import json
 import math
 import shutil
 import subprocess
@@ -12,131 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from components.config import AdamW, GradientAscent, KlToOriginal, Nll, Objective, RandomResponse, Soul, Train
-from components.data.prepare import Prepared
+from components.config import AdamW, GradientAscent, Nll, Objective
 from components.errors import ClusterError, ModelError, TrainingError
 from components.models import check_packing, fingerprint, load_model
-from components.objectives.terms import kl_to_original
-from components.training.batches import Batcher
-from components.training.job import Job
+from components.objectives.keep import kl_to_original
+from components.training.curvature import sample_labels
 from components.training.launch import run_job
-from components.training.loop import combine, make_batcher, sample_labels
-from components.training.reference import Reference, needs, reference_pass
-
-OBJECTIVE = Objective(
-    forget=GradientAscent(type="gradient_ascent", weight=0.2),
-    random=RandomResponse(type="random_response", weight=0.7, responses=2),
-    normal=KlToOriginal(type="kl_to_original", weight=1.5),
-)
-SOUL = Soul(type="soul", lr=1e-3, gamma=2.0, eps=1e-6, hessian_interval=3, weight_decay=0.01)
-TRAIN = Train(workers=0, zero_stage=3, batch_size=8, micro_batch_size=8, steps=20, gradient_clipping=0.5)
-
-
-@pytest.fixture(scope="session")
-def original(base: Path, streams: dict[str, Prepared], storage: Path) -> Path:
-    """The base model after a few steps on the people's facts."""
-    output = storage / "original"
-    job = Job(
-        model=str(base), output=str(output), metrics=str(storage / "original.jsonl"),
-        normal=str(streams["normal"].folder), objective=Objective(normal=Nll(type="nll")),
-        optimizer=AdamW(type="adamw", lr=3e-3),
-        train=Train(workers=0, zero_stage=0, batch_size=16, micro_batch_size=16, steps=60), seed=0,
-    )  # fmt: skip
-    run_job(job, storage)
-    losses = [json.loads(line)["train/normal_loss"] for line in (storage / "original.jsonl").read_text().splitlines()]
-    assert losses[-1] < 0.5 * losses[0]
-    return output
-
-
-@pytest.fixture
-def make_job(original: Path, streams: dict[str, Prepared], storage: Path, tmp_path: Path):
-    def make(name: str, train: Train = TRAIN, **changes) -> Job:
-        settings = {
-            "model": str(original), "output": str(tmp_path / name), "metrics": str(tmp_path / f"{name}.jsonl"),
-            "objective": OBJECTIVE, "optimizer": SOUL, "train": train,
-            "seed": 5, **{stream: str(prepared.folder) for stream, prepared in streams.items()},
-        }  # fmt: skip
-        job = Job(**{**settings, **changes})
-        here = job.model_copy(update={"train": job.train.model_copy(update={"workers": 0})})
-        reference = {
-            group: str(reference_pass(here, group, what, fingerprint(original), storage))
-            for group, what in needs(job.objective).items()
-        }
-        return job.model_copy(update={"reference": reference})
-
-    return make
-
-
-def weights(job: Job) -> dict[str, torch.Tensor]:
-    return load_file(Path(job.output) / "model.safetensors")
-
-
-def run(job: Job, tmp_path: Path) -> dict[str, torch.Tensor]:
-    run_job(job, tmp_path)
-    return weights(job)
-
-
-def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max(float((a[name].detach().float() - b[name].detach().float()).abs().max()) for name in a)
-
-
-def lines(job: Job) -> list[dict]:
-    return [json.loads(line) for line in Path(job.metrics).read_text().splitlines()]
-
-
-def plain_loop(job: Job, steps: int) -> dict[str, torch.Tensor]:
-    """The same training written row by row with Hugging Face's own forward pass and two live models."""
-    model, frozen = load_model(Path(job.model)), load_model(Path(job.model))
-    batcher = make_batcher(job, 0, 1, torch.device("cpu"))
-    names = dict(model.named_parameters())
-    m = {name: torch.zeros_like(p) for name, p in names.items()}
-    h = {name: torch.zeros_like(p) for name, p in names.items()}
-
-    def nll(net, prompt: np.ndarray, answer: np.ndarray) -> torch.Tensor:
-        targets = torch.from_numpy(answer.astype(np.int64))
-        return torch.nn.functional.cross_entropy(answer_logits(net, prompt, answer), targets, reduction="sum")
-
-    for step in range(steps):
-        rows = batcher.plan.step_rows(step)
-        counts = batcher.counts(rows)
-        forget, normal, pool = batcher.forget, batcher.normal, batcher.pool
-        if step % SOUL.hessian_interval == 0:
-            uniforms = next(iter(one_batch(batcher).micro_batches(rows, ("normal",), labels_key=step)))
-            shared = rows.normal[batcher.share(rows)]
-            split = uniforms.groups["normal"].uniforms.split([normal.lengths(i)[1] for i in shared])
-            total = 0.0
-            for i, u in zip(shared, split, strict=True):
-                logits = answer_logits(model, normal.prompt(i), normal.answer(i))
-                total = total + torch.nn.functional.cross_entropy(logits, sample_labels(logits, u), reduction="sum")
-            model.zero_grad()
-            (total / counts["normal"]).backward()
-            for name, p in names.items():
-                h[name] = SOUL.betas[1] * h[name] + (1 - SOUL.betas[1]) * counts["normal"] * p.grad**2
-        loss = 0.0
-        for j, i in enumerate(rows.forget):
-            loss = loss - 0.2 * nll(model, forget.prompt(i), forget.answer(i)) / counts["forget"]
-            for k in rows.random[j]:
-                loss = loss + 0.7 * nll(model, forget.prompt(i), pool.answer(k)) / counts["random"]
-        for i in rows.normal:
-            p, q = (answer_logits(net, normal.prompt(i), normal.answer(i)) for net in (model, frozen))
-            kl = torch.distributions.kl_divergence(
-                torch.distributions.Categorical(logits=q.detach()), torch.distributions.Categorical(logits=p)
-            )
-            loss = loss + 1.5 * kl.sum() / counts["normal"]
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        for name, p in names.items():
-            decay = SOUL.weight_decay if p.ndim >= 2 else 0.0
-            m[name] = SOUL.betas[0] * m[name] + (1 - SOUL.betas[0]) * p.grad
-            p.data = p.data * (1 - SOUL.lr * decay)
-            p.data -= SOUL.lr * (m[name] / (SOUL.gamma * h[name]).clamp(min=SOUL.eps)).clamp(-1, 1)
-    return {name: p.detach() for name, p in names.items()}
-
-
-def one_batch(batcher: Batcher) -> Batcher:
-    return batcher._replace(micro_batch_size=1000)
+from components.training.loop import combine, make_batcher
+from components.training.reference import Reference, reference_pass
+from tests.training import OBJECTIVE, TRAIN, answer_logits, distance, lines, plain_loop, run
 
 
 def test_equals_a_plain_loop_with_two_live_models(make_job, tmp_path: Path) -> None:
@@ -211,6 +94,10 @@ def test_forgetting_goes_the_right_way(make_job, tmp_path: Path) -> None:
         ({"type": "satimp", "beta1": 1.0, "weight": 3.0}, None),  # at its own β1 = 5 only what is known by heart counts
         ({"type": "ce_u"}, None),
         ({"type": "undial"}, None),
+        ({"type": "max_entropy"}, None),
+        ({"type": "logit_flattening"}, None),
+        ({"type": "dpo"}, 2 / 0.1 * math.log(2)),
+        ({"type": "custom", "import_path": "tests.custom_terms.ascent", "settings": {"scale": 2.0}}, None),
     ],
     ids=lambda value: value["type"] if isinstance(value, dict) else "",
 )
@@ -218,13 +105,14 @@ def test_every_forget_term_forgets_however_the_batch_is_split(
     make_job, tmp_path: Path, term: dict, at_the_original: float | None
 ) -> None:
     normal = {"npo": "reverse_kl", "simnpo": "jensen_shannon"}.get(term["type"], "nll")
+    drawn = {} if term["type"] == "dpo" else {"random": None}
     objective = Objective.model_validate({"forget": term, "normal": {"type": normal}})
     whole, split = (
         make_job(
             f"micro{size}",
             TRAIN.model_copy(update={"micro_batch_size": size, "steps": 8}),
             objective=objective,
-            random=None,
+            **drawn,
         )
         for size in (8, 3)
     )
@@ -273,9 +161,9 @@ def test_a_gradient_that_is_not_finite_stops_before_any_update(
 ) -> None:
     """The loss is finite, its gradient (that of a square root at 0) is not."""
 
-    def poisoned(logits, *rest):
-        loss, parts = combine(logits, *rest)
-        return loss + torch.sqrt(logits.sum() * 0), parts
+    def poisoned(outputs, *rest):
+        loss, parts = combine(outputs, *rest)
+        return loss + torch.sqrt(outputs.logits.sum() * 0), parts
 
     monkeypatch.setattr("components.training.loop.combine", poisoned)
     with pytest.raises(TrainingError, match="Gradient is not finite"):
@@ -306,11 +194,6 @@ def test_more_workers_than_the_cluster_has_are_refused_at_once(make_job, tmp_pat
         run_job(make_job("many", TRAIN.model_copy(update={"workers": 64})), tmp_path)
 
 
-def answer_logits(net, prompt: np.ndarray, answer: np.ndarray) -> torch.Tensor:
-    ids = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))[None]
-    return net(input_ids=ids).logits[0, len(prompt) - 1 : -1]
-
-
 def test_cached_reference_gives_the_live_kl(original: Path, base: Path, make_job) -> None:
     """The KL to the cached original equals that of two live models within 1e-6, on every row."""
     batcher = make_batcher(make_job("kl"), 0, 1, torch.device("cpu"))
@@ -320,7 +203,7 @@ def test_cached_reference_gives_the_live_kl(original: Path, base: Path, make_job
         for i in range(len(batcher.normal)):
             prompt, answer = batcher.normal.prompt(i), batcher.normal.answer(i)
             ours = answer_logits(other, prompt, answer)
-            cached, _ = kl_to_original(ours, reference.logits(reference.hidden(i)))
+            cached, _ = kl_to_original(ours, reference.logits(reference.states(i)))
             live, _ = kl_to_original(ours, answer_logits(frozen, prompt, answer))
             assert abs(float(cached - live)) / len(answer) < 1e-6
 
@@ -359,10 +242,10 @@ def test_only_rows_that_the_steps_use_pass_through_the_original(original: Path, 
     used = np.concatenate([batcher.plan.step_rows(step).normal for step in range(2)])
     for i in range(len(batcher.normal)):
         if i in used:
-            assert len(reference.hidden(i)) == batcher.normal.lengths(i)[1]
+            assert len(reference.states(i)) == batcher.normal.lengths(i)[1]
         else:
             with pytest.raises(IndexError):
-                reference.hidden(i)
+                reference.states(i)
     assert short.reference != whole.reference
 
 
@@ -373,7 +256,7 @@ def test_reference_pass_on_workers_gives_the_same(original: Path, make_job, tmp_
     here, there = job.reference["normal"], reference_pass(job, "normal", "hidden", fingerprint(original), tmp_path)
     keys = np.load(there / "keys.npy")
     for key in keys:
-        a, b = (Reference(Path(folder)).hidden(int(key)) for folder in (here, there))
+        a, b = (Reference(Path(folder)).states(int(key)) for folder in (here, there))
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 

@@ -138,6 +138,9 @@ class Data(Section):
     """Behaviour to keep."""
     random: list[PoolSource] = []
     """Pool of unrelated answers; only the answers are used. Another set's answers: name the same sources again."""
+    responses: Literal["drawn", "by_row"] = "drawn"
+    """drawn: each forget prompt gets responses drawn from `random`. by_row: row i of `random` belongs to row i of
+    `forget`, as an alternate answer does; both must have the same rows."""
     folder: str | None = None
     """Where relative paths of files start, those of evaluation sets too; applied when the recipe is loaded."""
     template: str | None = Field(None, pattern=r"\{prompt\}")

@@ -1,14 +1,23 @@
 """A whole job, and the names that follow from it."""
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from components.config.data import Data
 from components.config.evaluation import Evaluation, Gate, Tracking
-from components.config.objective import GradientAscent, KlToOriginal, Objective, RandomResponse
+from components.config.objective import (
+    Balanced,
+    Dpo,
+    GradientAscent,
+    KlToOriginal,
+    Nll,
+    Objective,
+    RandomResponse,
+)
 from components.config.section import Section, digest
-from components.config.training import Finetune, Models, Optimizer, Soul, Train
+from components.config.training import Adafactor, Finetune, Influence, Models, Optimizer, Soul, Train, Wagle
 
 
 class Recipe(Section):
@@ -31,30 +40,78 @@ class Recipe(Section):
     )
     optimizer: Optimizer = Soul(type="soul")
     train: Train = Train()
+    mask: Wagle | None = None
+    """Which weights may move; left out, all."""
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
     gates: list[Gate] = []
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":
-        problems = []
+        problems = [*_objective_problems(self), *_pair_problems("", self.optimizer, self.train)]
         for term in ("forget", "normal", "random"):
             if getattr(self.objective, term) and not getattr(self.data, term):
                 problems.append(f"objective.{term} needs rows: give data.{term}, or set objective.{term}=null")
-        if not self.objective.forget and not self.objective.random:
-            problems.append("objective has neither a forget nor a random term, so nothing would be unlearned")
         if self.objective.random and not self.data.forget:
             problems.append("objective.random puts its responses on forget prompts: give data.forget")
         if not self.models.original and not self.finetune:
             problems.append("no original model: give models.original, or finetune to make one")
-        if isinstance(self.optimizer, Soul) and self.optimizer.curvature_of == "normal" and not self.objective.normal:
-            problems.append("optimizer.curvature_of=normal needs objective.normal; choose forget or all")
-        tuning = self.finetune.optimizer if self.finetune else None
-        if isinstance(tuning, Soul) and tuning.curvature_of == "forget":
-            problems.append("finetune.optimizer.curvature_of=forget: fine-tuning has normal rows only")
+        if isinstance(self.optimizer, Soul | Influence):
+            source = self.optimizer.curvature_of
+            if source != "all" and not getattr(self.objective, source):
+                problems.append(f"optimizer.curvature_of={source} needs objective.{source}; choose another or all")
+        if self.mask and not (self.objective.forget and self.objective.normal):
+            problems.append(
+                "mask weighs the forget against the normal rows: give objective.forget and objective.normal"
+            )
+        if self.finetune:
+            problems += _pair_problems("finetune.", self.finetune.optimizer, self.finetune.train)
+            if getattr(self.finetune.optimizer, "curvature_of", None) == "forget":
+                problems.append("finetune.optimizer.curvature_of=forget: fine-tuning has normal rows only")
+            if isinstance(self.finetune.optimizer, Influence):
+                problems.append("finetune.optimizer=influence is a method to forget; it cannot teach")
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def _objective_problems(recipe: Recipe) -> Iterator[str]:
+    objective, data = recipe.objective, recipe.data
+    if not objective.forget and not objective.random:
+        yield "objective has neither a forget nor a random term, so nothing would be unlearned"
+    if isinstance(objective.forget, Dpo) and not data.random:
+        yield "objective.forget=dpo prefers the answers of data.random: give it, such as refusals"
+    if data.responses == "by_row" and objective.responses > 1:
+        yield "data.responses=by_row gives one response a row: set objective.random.responses=1"
+    if isinstance(objective.forget, Nll) != (objective.negate is not None):
+        yield (
+            "objective.forget=nll learns the forget answers, which objective.negate then subtracts: give both "
+            "(task-vector negation) or neither"
+        )
+    layers = {term.layer for term in objective.terms().values() if hasattr(term, "layer")}
+    if len(layers) > 1:
+        yield f"the objective's terms take the activations of several layers {sorted(layers)}; expected one"
+    for group, term in objective.terms().items():
+        if isinstance(term.weight, Balanced) and (group == "forget" or not objective.forget):
+            yield f"objective.{group}.weight=balanced is measured against the forget term's; give it to another term"
+
+
+def _pair_problems(where: str, optimizer: Any, train: Train) -> Iterator[str]:
+    """Combinations of optimizer and training that cannot work."""
+    if isinstance(optimizer, Adafactor) and train.zero_stage:
+        yield (
+            f"{where}optimizer=adafactor factors matrices, but ZeRO {train.zero_stage} hands it flat pieces of them; "
+            f"set {where}train.zero_stage=0"
+        )
+    if isinstance(optimizer, Soul) and optimizer.curvature == "hutchinson" and train.zero_stage == 3:
+        yield (
+            f"{where}optimizer.curvature=hutchinson differentiates twice, which ZeRO 3 cannot: its layers are gone by "
+            f"then; set {where}train.zero_stage=2, or choose gnb"
+        )
+    if isinstance(optimizer, Influence) and train.gradient_clipping:
+        yield f"{where}optimizer=influence needs the gradient's true size; set {where}train.gradient_clipping=0"
+    if isinstance(optimizer, Influence) and (train.warmup_steps or train.schedule != "constant"):
+        yield f"{where}optimizer=influence moves once: give neither warm-up nor a schedule"
 
 
 # Settings that say where or how visibly a job runs, but cannot change its result.
@@ -76,5 +133,5 @@ def registered_name(recipe: Recipe) -> str:
 
 def run_name(recipe: Recipe) -> str:
     """`<objective>-<optimizer>-<model and data>-<hash>`: the same command names the same run."""
-    objective = "+".join(term.type for _, term in recipe.objective if term).replace("_", "-")
+    objective = "+".join(term.type for term in recipe.objective.terms().values()).replace("_", "-")
     return f"{objective}-{recipe.optimizer.type}-{recipe.name}-{config_hash(recipe)}"

@@ -1,8 +1,9 @@
 """Models, optimizers, batches and length of training."""
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from components.config.section import Section
 
@@ -40,20 +41,72 @@ Base = Annotated[Pretrained | Scratch, Field(discriminator="type")]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+class AdaptiveInterval(Section):
+    """Refresh the Hessian before its time when the fraction of clipped coordinates leaves a band."""
+
+    low: float = Field(0.05, ge=0, le=1)
+    high: float = Field(0.6, ge=0, le=1)
+    soonest: int = Field(2, ge=1)
+    """Fewest steps between two refreshes."""
+
+    @model_validator(mode="after")
+    def _is_band(self) -> "AdaptiveInterval":
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low} must be below high {self.high}")
+        return self
+
+
+SOUL_RELEASE: dict[str, Any] = {
+    "lr": 5e-6, "betas": (0.9, 0.95), "gamma": 0.04, "eps": 1e-15, "curvature": "squared_gradient",
+    "curvature_of": "all", "hessian_interval": 1, "batch_factor": 5120.0,
+}  # fmt: skip
+"""What `preset: soul-release` fills in."""
+
+
 class Soul(Section):
-    """SOUL: Sophia's clipped step with a Gauss-Newton-Bartlett diagonal Hessian (arXiv 2404.18239, 2305.14342)."""
+    """SOUL: Sophia's clipped, Hessian-preconditioned step (arXiv 2404.18239, 2305.14342)."""
 
     type: Literal["soul"]
+    preset: Literal["soul-release"] | None = None
+    """soul-release: the arithmetic of the published code, to compare with: momentum applied twice, the squared
+    gradient of the objective in place of the Hessian at every step, times 5120. Settings given beside it win."""
     lr: float = Field(1e-4, gt=0)
     betas: tuple[Beta, Beta] = (0.965, 0.99)
     gamma: float = Field(0.04, gt=0)
     """ρ of Sophia: scales the Hessian against the momentum; larger means fewer clipped coordinates."""
     eps: float = Field(1e-12, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    curvature: Literal["gnb", "squared_gradient", "hutchinson"] = "gnb"
+    """Estimate of the Hessian's diagonal. gnb: Gauss-Newton-Bartlett, of the loss on labels that the model draws;
+    squared_gradient: of the objective (empirical Fisher); hutchinson: u ⊙ Hu of the objective, ZeRO 0 to 2 only."""
+    curvature_of: Literal["normal", "forget", "all"] = "normal"
+    """Rows on which it is estimated; normal means the curvature of what is to be kept. squared_gradient of all rows
+    costs no pass of its own."""
+    batch_factor: float | None = Field(None, gt=0)
+    """B, by which a squared gradient is multiplied; left out, the number of answer tokens behind it."""
     hessian_interval: int = Field(10, ge=1)
     """k, steps between two refreshes of the Hessian; the first comes before step 1."""
+    adaptive: AdaptiveInterval | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("preset") == "soul-release":
+            return {**SOUL_RELEASE, **given}
+        return given
+
+
+class Influence(Section):
+    """One-shot influence unlearning: a single step θ − η·g/(h + damping), that which SOUL iterates (arXiv 2404.18239).
+
+    g is the objective's gradient and h the Gauss-Newton-Bartlett diagonal, both averaged over the run's steps with
+    the parameters where they are; the last step moves them.
+    """
+
+    type: Literal["influence"]
+    lr: float = Field(1.0, gt=0)
+    damping: float = Field(1.0, gt=0)
     curvature_of: Literal["normal", "forget", "all"] = "normal"
-    """Rows on which the Hessian is estimated; normal means the curvature of what is to be kept."""
 
 
 class AdamW(Section):
@@ -66,7 +119,64 @@ class AdamW(Section):
     weight_decay: float = Field(0.0, ge=0)
 
 
-Optimizer = Annotated[Soul | AdamW, Field(discriminator="type")]
+class Sgd(Section):
+    """Stochastic gradient descent with momentum."""
+
+    type: Literal["sgd"]
+    lr: float = Field(1e-2, gt=0)
+    momentum: Beta = 0.9
+    nesterov: bool = False
+    weight_decay: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> "Sgd":
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class Lion(Section):
+    """Sign of a momentum with two averages (arXiv 2302.06675)."""
+
+    type: Literal["lion"]
+    lr: float = Field(3e-5, gt=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class Adafactor(Section):
+    """Adam's second moment factored into rows and columns (arXiv 1804.04235): ZeRO stage 0 only."""
+
+    type: Literal["adafactor"]
+    lr: float = Field(1e-2, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+Optimizer = Annotated[Soul | AdamW | Sgd | Lion | Adafactor | Influence, Field(discriminator="type")]
+
+
+class Lora(Section):
+    """Train low-rank adapters (arXiv 2106.09685) and merge them into the model at the end."""
+
+    rank: int = Field(8, ge=1)
+    alpha: int = Field(16, gt=0)
+    targets: str | list[str] = "all-linear"
+    """Names of the layers that get one, such as [q_proj, v_proj], or all-linear."""
+    export_adapter: bool = False
+    """Write the adapter by itself too, into the folder `adapter` beside the model."""
+
+
+class Wagle(Section):
+    """Move only weights that matter for forgetting and not for keeping (WAGLE, arXiv 2410.17509)."""
+
+    type: Literal["wagle"]
+    keep: float = Field(0.95, gt=0, le=1)
+    """Share of the weights that may move: those with the largest scores |(θ − ∇L_normal/γ) ⊙ ∇L_forget|."""
+    gamma: float = Field(1e-6, gt=0)
+    """γ, curvature of the retain loss (the release's value); the smaller, the more the retain gradient counts against
+    the weight's size."""
+    batches: int = Field(8, ge=1)
+    """Batches over which the two gradients are averaged, at the original model."""
 
 
 class Train(Section):
@@ -78,6 +188,8 @@ class Train(Section):
     gpus_per_worker: Literal[0, 1] = 0
     zero_stage: Literal[0, 1, 2, 3] = 3
     """DeepSpeed ZeRO stage."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What DeepSpeed keeps in the CPU's memory: the optimizer's state (stage 1 to 3), or parameters too (3)."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """bf16 keeps fp32 master weights (ZeRO stage 1 to 3)."""
     batch_size: int = Field(16, ge=1)
@@ -94,6 +206,13 @@ class Train(Section):
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after warm-up; linear and cosine end at 0."""
+    trainable: str | list[str] | None = None
+    """Train only parameters in whose name one of these regular expressions is found, such as
+    `layers\\.(5|6|7)\\..*down_proj`."""
+    lora: Lora | None = None
+    gradient_cosine_every: int | None = Field(None, ge=1)
+    """Measure the angle between the forget and the normal term's gradient every so many steps, at the cost of a pass
+    for each."""
     log_every: int = Field(1, ge=1)
     """Steps between two progress lines; metrics.jsonl and MLflow get every step."""
 
@@ -101,7 +220,23 @@ class Train(Section):
     def _bf16_needs_masters(self) -> "Train":
         if self.dtype == "bf16" and self.zero_stage == 0:
             raise ValueError("dtype bf16 needs zero_stage 1, 2 or 3, which keep the fp32 master weights")
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("offload=optimizer needs zero_stage 1, 2 or 3")
+        if self.offload == "parameters" and self.zero_stage != 3:
+            raise ValueError("offload=parameters needs zero_stage 3")
+        if self.lora and self.trainable:
+            raise ValueError("lora trains its adapters only: leave trainable out, and name layers in lora.targets")
         return self
+
+    @field_validator("trainable")
+    @classmethod
+    def _are_expressions(cls, given: Any) -> Any:
+        for pattern in [given] if isinstance(given, str) else given or []:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"is not a regular expression: {error}") from None
+        return given
 
 
 class Finetune(Section):

@@ -48,6 +48,11 @@ class PreparedRows:
         shard, place = self._find(i)
         return self._shard(shard)[3][place].as_py()
 
+    def lines(self) -> np.ndarray:
+        """[rows] the number of the record behind each row, counted from 1 within its file."""
+        found = [read_shard(self._folder, name)["line"].to_numpy() for name in self._names]
+        return np.concatenate(found)[self._at(np.arange(len(self)))] if found else np.empty(0, dtype=np.int64)
+
     def table(self) -> pa.Table:
         """All rows at once, with all columns: for sets that are known to be small."""
         tables = [read_shard(self._folder, name) for name in self._names]

@@ -39,6 +39,8 @@ class Plan(NamedTuple):
     normal: int
     pool: int
     responses: int
+    by_row: bool = False
+    """Forget row i is answered by row i of the pool, in place of rows drawn from it."""
 
     @property
     def paced(self) -> int:
@@ -69,10 +71,12 @@ class Plan(NamedTuple):
         draws = [
             draw(self.seed, "random", int(i)).integers(self.pool, size=self.responses) for i in counter if self.pool
         ]
+        forget = _cycle(self.seed, "forget", self.forget, counter) if self.forget else nothing
+        drawn = np.array(draws, dtype=np.int64).reshape(len(draws), self.responses)
         return StepRows(
-            forget=_cycle(self.seed, "forget", self.forget, counter) if self.forget else nothing,
+            forget=forget,
             normal=_cycle(self.seed, "normal", self.normal, counter) if self.normal else nothing,
-            random=np.array(draws, dtype=np.int64).reshape(len(draws), self.responses),
+            random=forget[:, None] if self.by_row and self.pool else drawn,
             counter=counter,
         )
 

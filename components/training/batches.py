@@ -22,8 +22,8 @@ class Answers(NamedTuple):
     """[n] token ids."""
     mask: Tensor
     """[rows, longest] 1.0 on answer tokens; `mask.bool()` scatters flat values back to rows."""
-    hidden: Tensor | None = None
-    """[n, hidden size] last hidden states of the original model."""
+    original: Tensor | None = None
+    """[n, hidden size] the original model's last hidden states, or the outputs of its layer that a term takes."""
     original_logp: Tensor | None = None
     """[n] log-probabilities that the original model gives the targets."""
     uniforms: Tensor | None = None
@@ -170,13 +170,12 @@ class Batcher(NamedTuple):
         lengths = [len(member.answer) for member in members]
         targets = [torch.from_numpy(member.answer.astype(np.int64)) for member in members]
         mask = torch.arange(max(lengths, default=1)) < torch.tensor(lengths, dtype=torch.long).reshape(-1, 1)
-        hidden = logp = uniforms = None
+        original = logp = uniforms = None
         reference = self.references.get(group)
-        if reference and reference.weight is not None:
-            nothing = reference.weight.new_empty(0, reference.weight.shape[1])
-            hidden = _joined([reference.hidden(member.key) for member in members], nothing)
-        elif reference:
+        if reference and reference.what == "logp":
             logp = _joined([reference.logp(member.key) for member in members], torch.empty(0))
+        elif reference:
+            original = _joined([reference.states(member.key) for member in members], reference.no_states)
         if labels_key is not None:
             purpose = f"labels-{group}-{labels_key}"
             numbers = [
@@ -188,7 +187,7 @@ class Batcher(NamedTuple):
             first=first,
             targets=_joined(targets, torch.empty(0, dtype=torch.long)),
             mask=mask.float(),
-            hidden=hidden,
+            original=original,
             original_logp=logp,
             uniforms=uniforms,
         )

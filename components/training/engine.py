@@ -1,10 +1,10 @@
-"""The DeepSpeed engine: set up, step, Hessian pass and export, with the traps of DeepSpeed 0.19 kept shut."""
+"""The DeepSpeed engine: set up, step, look at gradients and export, with the traps of DeepSpeed 0.19 kept shut."""
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +12,36 @@ from transformers import PreTrainedModel
 
 from components.config import Train
 from components.errors import TrainingError
-from components.optimizers.soul import Soul
+from components.layers import Watch
 
 
-class AnswerLogits(nn.Module):
-    """A causal language model that computes logits only where an answer token is predicted."""
+class Outputs(NamedTuple):
+    """What the model says at the n positions that predict an answer token."""
 
-    def __init__(self, model: PreTrainedModel):
+    logits: Tensor | None
+    """[n, vocabulary]; None where the model ends at a layer below."""
+    states: Tensor | None
+    """[n, hidden size] output of the watched layer; None where none is."""
+
+    def nothing(self) -> Tensor:
+        """0 that depends on all outputs: with it even an empty micro-batch takes part in every collective."""
+        return torch.stack([output.sum() * 0 for output in self if output is not None]).sum()
+
+
+class AnswerModel(nn.Module):
+    """A causal language model that computes logits only where an answer token is predicted.
+
+    `layer` is a decoder layer to watch; with `ends` the base model ends there and there are no logits.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: int | None = None, ends: bool = False):
         super().__init__()
         self.model = model
+        self.ends = ends
+        self._watch = Watch(model, layer) if layer is not None and not ends else None
 
-    def forward(self, input_ids: Tensor, positions: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """[rows, length] ids and [n] flat positions → [n, vocabulary] logits.
+    def forward(self, input_ids: Tensor, positions: Tensor, position_ids: Tensor | None = None) -> Outputs:
+        """[rows, length] ids and [n] flat positions → outputs there.
 
         No attention mask: rows are right-padded and attention is causal. Where `position_ids` begin anew within a row,
         transformers keeps the sequences apart, but only without an attention mask and without a cache.
@@ -31,11 +49,20 @@ class AnswerLogits(nn.Module):
         hidden = self.model.base_model(
             input_ids=input_ids, use_cache=False, **({} if position_ids is None else {"position_ids": position_ids})
         ).last_hidden_state
-        return self.model.get_output_embeddings()(hidden.flatten(0, 1)[positions])
+        at = hidden.flatten(0, 1)[positions]
+        if self.ends:
+            return Outputs(None, at)
+        states = self._watch.take().flatten(0, 1)[positions] if self._watch else None
+        return Outputs(self.model.get_output_embeddings()(at), states)
 
 
 def deepspeed_config(train: Train) -> dict[str, Any]:
     """DeepSpeed's settings, those that matter said explicitly."""
+    zero: dict[str, Any] = {"stage": train.zero_stage, "reduce_bucket_size": 5_000_000}
+    if train.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if train.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": 1,  # the loop sets the boundaries: a step may have any number of micro-batches
@@ -44,22 +71,31 @@ def deepspeed_config(train: Train) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": train.dtype == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": 5_000_000},
+        # bf16 by default, to which ZeRO-1 would round the fp32 sum of a step's micro-batches
+        "communication_data_type": "fp32",
+        "zero_optimization": zero,
     }
 
 
-def start_engine(model: PreTrainedModel, optimizer: torch.optim.Optimizer, train: Train) -> Any:
-    """A DeepSpeed engine around `AnswerLogits(model)`; torch.distributed must be up already."""
+def start_engine(model: AnswerModel, optimizer: torch.optim.Optimizer, train: Train) -> Any:
+    """A DeepSpeed engine around `model`; torch.distributed must be up already."""
     deepspeed = _import_deepspeed()
     # Used by DeepSpeed's inference only; building it would need a compiler and leaks shared memory.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
-        model=AnswerLogits(model), optimizer=optimizer, config=deepspeed_config(train), dist_init_required=False
+        model=model, optimizer=optimizer, config=deepspeed_config(train), dist_init_required=False
     )
     engine.module.eval()  # no dropout: the KL to the original is 0 at the start, and a step does not depend on the rank
-    if isinstance(optimizer, Soul):
-        _materialise_state(engine, optimizer)
+    if hasattr(optimizer, "init_state"):  # before the first step: ZeRO-1 and 2 link their views of the state only once
+        for p in optimizer_parameters(engine):
+            optimizer.init_state(p)
     return engine
+
+
+def optimizer_parameters(engine: Any) -> list[nn.Parameter]:
+    """What the optimizer sees on this rank: ZeRO's flat fp32 pieces, or at stage 0 the parameters themselves."""
+    flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 hands them over one by one
+    return flat or [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
 
 
 def _import_deepspeed() -> Any:
@@ -69,6 +105,9 @@ def _import_deepspeed() -> Any:
     finally:
         logging.disable(logging.NOTSET)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    from deepspeed.runtime import bf16_optimizer
+
+    bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None  # of ZeRO-1 in bf16: it prints
     return deepspeed
 
 
@@ -111,28 +150,41 @@ def _check_norm(norm: float, what: str) -> None:
 
 
 @contextmanager
-def hessian_step(engine: Any, optimizer: Soul, tokens: int) -> Iterator[None]:
-    """Inside, run `backward` on the mean loss of `tokens` sampled labels; on leaving, the Hessian is refreshed.
+def visit_gradients(engine: Any, visit: Callable[[nn.Parameter], None]) -> Iterator[None]:
+    """Inside, run `backward`; on leaving, `visit(p)` sees each of `optimizer_parameters` that got a gradient.
 
-    Goes through ZeRO's wrapper and not through `engine.step()`, which would also count a step; clipping is off, since
-    the Hessian needs the true scale. Must not run between the micro-batches of a training step.
+    `p.grad` is the gradient over all ranks, not clipped. Nothing is updated or counted: this goes through ZeRO's
+    wrapper with the optimizer's step taken away, and not through `engine.step()`. Must not run between the
+    micro-batches of a training step.
+
+    Raises:
+        TrainingError: on all ranks alike when the gradient is not finite; nothing is visited then.
     """
-    wrapper = engine.optimizer  # at stage 0 in fp32 this is the optimizer itself
+    wrapper = engine.optimizer  # at stage 0 this is the optimizer itself
+    optimizer = engine.basic_optimizer
     clip = getattr(wrapper, "clip_grad", None)
+
+    def visit_all(*args: Any, **kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    visit(p)
+
+    yield
+    norm = _unsharded_norm(engine)
     if clip is not None:
         wrapper.clip_grad = 0.0
-    optimizer.mode, optimizer.hessian_tokens = "hessian", float(tokens)
+    optimizer.step = visit_all
     try:
-        yield
-        norm = _unsharded_norm(engine)
-        wrapper.step()
-        _check_norm(float(wrapper._global_grad_norm) if norm is None else norm, "Gradient of the sampled labels")
-        (engine if wrapper is optimizer else wrapper).zero_grad()
-        _clear_stale_gradients(wrapper)
+        with torch.no_grad():
+            wrapper.step()
     finally:
-        optimizer.mode = "parameters"
+        del optimizer.step
         if clip is not None:
             wrapper.clip_grad = clip
+    _check_norm(float(wrapper._global_grad_norm) if norm is None else norm, "Gradient")
+    (engine if wrapper is optimizer else wrapper).zero_grad()
+    _clear_stale_gradients(wrapper)
 
 
 def consolidated_state(engine: Any) -> dict[str, Tensor] | None:
@@ -149,12 +201,10 @@ def consolidated_state(engine: Any) -> dict[str, Tensor] | None:
 def _clear_stale_gradients(wrapper: Any) -> None:
     """ZeRO-3 would apply the last gradient again to parameters that get none in the next step."""
     buffer = getattr(wrapper, "grad_partitions_flat_buffer", None)
-    if buffer is not None:
-        buffer.zero_()
-
-
-def _materialise_state(engine: Any, optimizer: Soul) -> None:
-    """Make m and h before the first step: ZeRO-1 and 2 link their views of the state only once."""
-    flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
-    for p in flat or [p for group in optimizer.param_groups for p in group["params"]]:
-        optimizer.init_state(p)
+    if buffer is None:
+        return
+    buffer.zero_()
+    if wrapper.offload_optimizer:
+        for p in wrapper.fp32_partitioned_groups_flat:
+            if p.grad is not None:
+                p.grad.zero_()

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from pydantic import Field
 
-from components.config import Objective, Optimizer, Section, Train
+from components.config import Objective, Optimizer, Section, Train, Wagle
 from components.data.rows import PreparedRows
 from components.data.streams import Plan
 
@@ -30,6 +30,9 @@ class Job(Section):
     objective: Objective
     optimizer: Optimizer
     train: Train
+    mask: Wagle | None = None
+    responses_by_row: bool = False
+    """Row i of `random` belongs to row i of `forget`."""
     seed: int
 
 
@@ -59,7 +62,8 @@ def make_plan(job: Job, sets: Sets) -> Plan:
         forget=len(sets.forget) if sets.forget else 0,
         normal=len(sets.normal) if sets.normal else 0,
         pool=len(sets.pool) if sets.pool else 0,
-        responses=job.objective.random.responses if job.objective.random else 0,
+        responses=job.objective.responses,
+        by_row=job.responses_by_row,
     )
 
 

@@ -6,6 +6,7 @@ themselves; what a later job with the same rows needs is found again.
 
 import functools
 import hashlib
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +21,12 @@ from components.console import rows_line
 from components.data.rows import PreparedRows
 from components.data.streams import Plan
 from components.files import map_arrow, whole_folder, write_arrow
-from components.models import inference_device, load_model
+from components.models import hidden_size, inference_device, load_model
 from components.training.job import Job, make_plan, open_sets, total_steps
 
-What = Literal["hidden", "logp"]
-"""hidden: last hidden states, which times the frozen output layer give the logits exactly. logp: log-probabilities."""
+What = Literal["hidden", "states", "logp"]
+"""hidden: last hidden states, which times the frozen output layer give the logits exactly. states: outputs of the
+objective's layer. logp: log-probabilities."""
 
 _PART = 256  # sequences that one task passes through the model and writes to one file
 _TELL_EVERY = 3.0  # seconds
@@ -43,11 +45,17 @@ class _Sequences(NamedTuple):
 
 def needs(objective: Objective) -> dict[str, What]:
     """What each group's term asks of the original model."""
-    from components.objectives.terms import TERMS  # imports torch
+    from components.objectives.terms import find_term  # imports torch
 
-    inputs = {group: TERMS[term.type].inputs for group, term in objective if term is not None}
-    wanted: dict[str, What] = {group: "hidden" for group, names in inputs.items() if "original_logits" in names}
-    return wanted | {group: "logp" for group, names in inputs.items() if "original_logp" in names}
+    asked: dict[str, What] = {"original_logits": "hidden", "original_states": "states", "original_logp": "logp"}
+    wanted: dict[str, What] = {}
+    for group, config in objective.terms().items():
+        for name in find_term(config).inputs:
+            if name in asked:
+                wanted[group] = asked[name]
+            elif name == "chosen_original_logp":
+                wanted["random"] = "logp"
+    return wanted
 
 
 def reference_pass(
@@ -65,8 +73,9 @@ def reference_pass(
         "random": (job.forget, job.random, None),
         "normal": (job.normal, job.normal, job.normal_without),
     }[group]
+    layer = job.objective.layer if what == "states" else None
     made_from = {
-        "model": model_hash, "dtype": job.train.dtype, "what": what,
+        "format": 2, "model": model_hash, "dtype": job.train.dtype, "what": what, "layer": layer,
         "rows": [source and "/".join(Path(source).parts[-2:]) for source in sources],
         "sequences": [hashlib.sha256(array.tobytes()).hexdigest() for array in sequences],
     }  # fmt: skip
@@ -76,9 +85,11 @@ def reference_pass(
     with whole_folder(folder) as partial:
         for name, array in sequences._asdict().items():
             np.save(partial / f"{name}.npy", array)
+        about = {"what": what, "dtype": job.train.dtype, "size": hidden_size(Path(job.model))}
+        (partial / "about.json").write_text(json.dumps(about))
         if what == "hidden":
             _save_head(Path(job.model), job.train.dtype, partial / "head.safetensors")
-        arguments = (job.model, job.train.dtype, what, sources, str(partial), 4 * job.train.micro_batch_size)
+        arguments = (job.model, job.train.dtype, what, layer, sources, str(partial), 4 * job.train.micro_batch_size)
         started = told = time.monotonic()
         done = 0
         for size in run_parts(-(-len(sequences.keys) // _PART), ReferenceWorker, arguments, job.train):
@@ -120,8 +131,11 @@ class ReferenceWorker:
     """Batch inference of one part: reads the rows, writes `part-<number>.arrow`, returns the number of sequences."""
 
     def __init__(
-        self, model: str, dtype: str, what: What, sources: tuple[str, str, str | None], folder: str, batch_size: int
-    ):
+        self, model: str, dtype: str, what: What, layer: int | None, sources: tuple[str, str, str | None],
+        folder: str, batch_size: int,
+    ):  # fmt: skip
+        from components.layers import Watch, check_layer, cut_after
+
         prompts, answers, without = sources
         self.prompts = PreparedRows(Path(prompts), Path(without) if without else None)
         self.answers = self.prompts if answers == prompts else PreparedRows(Path(answers))
@@ -129,6 +143,10 @@ class ReferenceWorker:
         self.rows = [np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("prompts", "answers")]
         self.device = inference_device()
         self.model = load_model(Path(model), dtype).to(self.device)
+        self.watch: Any = None
+        if layer is not None:
+            check_layer(self.model, layer)
+            self.watch = None if cut_after(self.model, layer) else Watch(self.model, layer)
 
     def __call__(self, part: int) -> int:
         here = slice(part * _PART, (part + 1) * _PART)
@@ -142,7 +160,7 @@ class ReferenceWorker:
             chosen = order[first : first + self.batch_size]
             for i, result in zip(chosen, self._pass([pairs[i] for i in chosen]), strict=True):
                 results[i] = result
-        kind = pa.large_binary() if self.what == "hidden" else pa.list_(pa.float32())
+        kind = pa.list_(pa.float32()) if self.what == "logp" else pa.large_binary()
         table = pa.table({self.what: pa.array(results, kind)})
         write_arrow(table, self.folder / f"part-{part:06d}.arrow")
         return len(pairs)
@@ -155,9 +173,10 @@ class ReferenceWorker:
         out = []
         with torch.no_grad():
             states = self.model.base_model(input_ids=padded, use_cache=False).last_hidden_state
+            states = self.watch.take() if self.watch else states
             for row, (prompt, answer) in enumerate(pairs):
                 own = states[row, len(prompt) - 1 : len(prompt) + len(answer) - 1]
-                if self.what == "hidden":
+                if self.what != "logp":
                     out.append(own.contiguous().cpu().view(torch.uint8).numpy().tobytes())
                     continue
                 targets = torch.from_numpy(answer.astype(np.int64)).to(self.device)
@@ -170,41 +189,43 @@ class Reference:
     """The original model's word on one group's answers, read memory-mapped from a `reference_pass` folder."""
 
     def __init__(self, folder: Path, device: Any = "cpu"):
+        import torch
         from safetensors.torch import load_file
 
         self._folder = folder
         self._keys = np.load(folder / "keys.npy", mmap_mode="r")
         self._part = functools.lru_cache(maxsize=128)(self._open_part)
+        about = json.loads((folder / "about.json").read_text())
+        self.what: What = about["what"]
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[about["dtype"]]
+        self.no_states = torch.empty(0, about["size"], dtype=dtype)
         file = folder / "head.safetensors"  # of a pass for hidden states
-        head = load_file(file, device=str(device)) if file.exists() else {}
-        self.weight, self.bias = head.get("weight"), head.get("bias")
+        self._head = load_file(file, device=str(device)) if file.exists() else {}
 
-    def hidden(self, key: int) -> Any:
-        """[answer tokens, hidden size] states at the positions that predict the answer's tokens."""
+    def states(self, key: int) -> Any:
+        """[answer tokens, hidden size] states (last ones, or a layer's) at the positions that predict the answer."""
         import torch
 
-        assert self.weight is not None
-        flat = torch.frombuffer(bytearray(self._find(key, "hidden").as_buffer()), dtype=self.weight.dtype)
-        return flat.view(-1, self.weight.shape[1])
+        flat = torch.frombuffer(bytearray(self._find(key).as_buffer()), dtype=self.no_states.dtype)
+        return flat.view(-1, self.no_states.shape[1])
 
     def logp(self, key: int) -> Any:
         """[answer tokens] log-probabilities of the answer's tokens."""
         import torch
 
-        return torch.from_numpy(self._find(key, "logp").values.to_numpy().copy())
+        return torch.from_numpy(self._find(key).values.to_numpy().copy())
 
     def logits(self, hidden: Any) -> Any:
         """[n, hidden size] → [n, vocabulary], exactly the original's."""
         import torch
 
-        assert self.weight is not None
-        return torch.nn.functional.linear(hidden, self.weight, self.bias)
+        return torch.nn.functional.linear(hidden, self._head["weight"], self._head.get("bias"))
 
-    def _find(self, key: int, column: str) -> Any:
+    def _find(self, key: int) -> Any:
         place = int(np.searchsorted(self._keys, key))
         if place == len(self._keys) or self._keys[place] != key:
             raise IndexError(f"no reference for key {key} in {self._folder}")
-        return self._part(place // _PART)[column].chunk(0)[place % _PART]
+        return self._part(place // _PART)[self.what].chunk(0)[place % _PART]
 
     def _open_part(self, part: int) -> pa.Table:
         return map_arrow(self._folder / f"part-{part:06d}.arrow")

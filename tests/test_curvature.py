@@ -1,0 +1,144 @@
+"""Estimates of the Hessian's diagonal: right in expectation, through DeepSpeed, and without touching anything else."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from components.config import Nll, Objective, Soul
+from components.models import load_model
+from components.training.curvature import refresh_curvature, sample_labels
+from components.training.engine import consolidated_state, optimizer_parameters
+from components.training.loop import set_up, step_of
+from components.training.passes import Setup, Step
+from tests.training import TRAIN
+
+NORM = "model.layers.0.input_layernorm.weight"
+PASSES = 500
+
+
+def test_gnb_of_a_softmax_is_the_gauss_newton_diagonal_in_expectation() -> None:
+    """Linear softmax: the exact diagonal for weight (v, d) is the mean over tokens of p_v (1 − p_v) x_d²."""
+    rng = np.random.default_rng(0)
+    w, x = torch.randn(5, 3, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64)
+    p = torch.softmax(x @ w.T, -1)
+    exact = torch.einsum("nv,nd->vd", p * (1 - p), x**2) / 8
+    draws = 40_000
+    estimate = torch.zeros_like(w)
+    for _ in range(draws // 100):
+        labels = sample_labels((x @ w.T).repeat(100, 1), torch.from_numpy(rng.random(800))).reshape(100, 8)
+        error = p - torch.nn.functional.one_hot(labels, 5)
+        g = torch.einsum("knv,nd->kvd", error, x) / 8
+        estimate += 8 * (g**2).sum(0)
+    # Each draw scatters by about √2 of the value: 3 % leaves four standard deviations for the worst of 15.
+    torch.testing.assert_close(estimate / draws, exact, rtol=0.03, atol=0)
+
+
+@pytest.fixture
+def setup(make_job: Any) -> Any:
+    def make(**optimizer: Any) -> tuple[Setup, Step]:
+        """Training of one norm's weights alone, by next-token loss on normal rows."""
+        job = make_job(
+            "curvature", TRAIN.model_copy(update={"zero_stage": 2, "trainable": NORM.replace(".", r"\.")}),
+            objective=Objective(normal=Nll(type="nll")), forget=None, random=None,
+            optimizer=Soul.model_validate({"type": "soul", "betas": [0.9, 0.0], **optimizer}),
+        )  # fmt: skip
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        ready, _ = set_up(job, 0, 1, torch.device("cpu"))
+        return ready, step_of(ready, 0)
+
+    return make
+
+
+def mean_of_estimates(ready: Setup, step: Step) -> torch.Tensor:
+    """h after each of many passes with fresh random numbers, β2 being 0."""
+    [p] = optimizer_parameters(ready.engine)
+    total = torch.zeros(32)
+    for number in range(PASSES):
+        refresh_curvature(ready, step._replace(number=number), {"normal": 1.0})
+        total += ready.optimizer.state[p]["exp_avg_sq"][:32]
+    return total / PASSES
+
+
+def shifted(ready: Setup, i: int, by: float) -> tuple[Any, Any]:
+    """A float64 copy of the model with element i of the norm moved, and the batch of the step."""
+    model = load_model(Path(ready.job.model)).double()
+    dict(model.named_parameters())[NORM].data[i] += by
+    return model
+
+
+def test_gnb_of_a_transformer_is_the_gauss_newton_diagonal_in_expectation(setup: Any) -> None:
+    """Against Jacobians of the logits by central differences in float64: mean over tokens of Jᵀ(diag p − p pᵀ)J."""
+    ready, step = setup()
+    [batch] = ready.batcher._replace(micro_batch_size=8).micro_batches(step.rows, ("normal",))
+
+    def logits(i: int, by: float) -> torch.Tensor:
+        with torch.no_grad():
+            return shifted(ready, i, by)(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions]
+
+    p = torch.softmax(logits(0, 0.0), -1)
+    exact = torch.zeros(32, dtype=torch.float64)
+    for i in range(32):
+        j = (logits(i, 1e-4) - logits(i, -1e-4)) / 2e-4
+        exact[i] = ((p * j**2).sum(-1) - (p * j).sum(-1) ** 2).mean()
+    estimate = mean_of_estimates(ready, step).double()
+    assert (estimate - exact).norm() / exact.norm() < 0.12  # √2/√500 is 0.06
+    assert estimate.sum() / exact.sum() == pytest.approx(1, abs=0.05)
+
+
+def test_hutchinson_is_the_hessian_diagonal_in_expectation(setup: Any) -> None:
+    """Against central differences of the gradient in float64."""
+    ready, step = setup(curvature="hutchinson")
+    [batch] = ready.batcher._replace(micro_batch_size=8).micro_batches(step.rows, ("normal",))
+
+    def slope(i: int, by: float) -> float:
+        model = shifted(ready, i, by)
+        logits = model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions]
+        loss = torch.nn.functional.cross_entropy(logits, batch.groups["normal"].targets)
+        return float(torch.autograd.grad(loss, dict(model.named_parameters())[NORM])[0][i])
+
+    exact = torch.tensor([(slope(i, 1e-3) - slope(i, -1e-3)) / 2e-3 for i in range(32)])
+    estimate = mean_of_estimates(ready, step)
+    # What stands beside the diagonal scatters each draw by about twice the diagonal: 2/√500 is 0.09.
+    assert (estimate - exact).norm() / exact.norm() < 0.2
+    assert estimate.sum() / exact.sum() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("curvature", ["gnb", "squared_gradient", "hutchinson"])
+def test_a_refresh_leaves_parameters_and_schedule_alone(make_job: Any, curvature: str) -> None:
+    """Bit by bit: weights, momentum, step counts, learning rate and DeepSpeed's own counters."""
+    for stage in (0, 1, 2, 3):
+        if (stage, curvature) == (3, "hutchinson"):
+            continue
+        job = make_job(
+            f"alone-{stage}", TRAIN.model_copy(update={"zero_stage": stage, "gradient_clipping": 1e-3}),
+            optimizer=Soul(type="soul", curvature=curvature, curvature_of="normal"),
+        )  # fmt: skip
+        ready, _ = set_up(job, 0, 1, torch.device("cpu"))
+        step, engine = step_of(ready, 0), ready.engine
+        weights = {"forget": 0.2, "random": 0.7, "normal": 1.5}
+        flat = optimizer_parameters(engine)
+
+        def all_but_h() -> list[Any]:
+            parameters = [p.detach().clone() for p in (*flat, *consolidated_state(engine).values())]  # noqa: B023
+            states = [ready.optimizer.state[p] for p in flat]  # noqa: B023
+            counters = (engine.global_steps, engine.micro_steps, engine.global_samples, engine.skipped_steps)  # noqa: B023
+            groups = [{k: v for k, v in g.items() if k != "params"} for g in ready.optimizer.param_groups]  # noqa: B023
+            return [parameters, [(s["step"], s["exp_avg"].clone()) for s in states], counters, copy.deepcopy(groups)]
+
+        before = all_but_h()
+        refresh_curvature(ready, step, weights)
+        after = all_but_h()
+        assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
+        assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(before[1], after[1], strict=True))
+        assert before[2][0] == after[2][0]
+        assert before[2][2:] == after[2][2:]
+        assert before[3] == after[3]
+        h = [ready.optimizer.state[p]["exp_avg_sq"] for p in flat]
+        if curvature != "squared_gradient":  # KL to the original: its gradient is 0 at the start
+            assert max(float(x.abs().max()) for x in h) > 1e-6  # the clipping of 1e-3 did not reach it
+        engine.destroy()
