@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from components.config import Objective, Soul
+from components.errors import TrainingError
 from components.models import load_model
+from components.objectives import terms
 from components.training.batches import Batcher
 from components.training.curvature import sample_labels
 from components.training.job import Job
@@ -55,11 +57,45 @@ def test_soul_equals_a_plain_loop_on_two_ranks(make_job: Any, tmp_path: Path) ->
         assert distance(weights(job), plain[clip]) < TOLERANCE, (stage, accumulation, clip)
 
 
-def one_of_two(rank: int, folder: str) -> None:
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both_before_any_update(make_job: Any, tmp_path: Path) -> None:
+    """The error names term, step and rank on both."""
+    job = make_job("nan", TRAIN.model_copy(update={"micro_batch_size": 4, "steps": 3}))
+    (tmp_path / "jobs").write_bytes(pickle.dumps([job.model_dump(mode="json")]))
+    torch.multiprocessing.spawn(one_of_two_poisoned, (str(tmp_path),), nprocs=2)
+    for rank in (0, 1):
+        told = (tmp_path / f"error-{rank}").read_text()
+        assert "Loss is not finite at step 2 (loss, forget_loss, forget_token_probability; on rank 1)" in told
+    assert not Path(job.output).exists()
+    assert len(Path(job.metrics).read_text().splitlines()) == 1
+
+
+def one_of_two_poisoned(rank: int, folder: str) -> None:
+    join(rank, folder)
+    calls = 0
+    original = terms.TERMS["gradient_ascent"].function
+
+    def poisoned(logp: torch.Tensor, mask: torch.Tensor) -> Any:
+        nonlocal calls
+        calls += 1
+        return original(logp * float("nan") if rank == 1 and calls == 2 else logp, mask)
+
+    terms.TERMS["gradient_ascent"] = terms.TERMS["gradient_ascent"]._replace(function=poisoned)
+    [job] = pickle.loads(Path(folder, "jobs").read_bytes())
+    with pytest.raises(TrainingError) as caught:
+        train_loop(Job.model_validate(job), rank, 2, torch.device("cpu"))
+    Path(folder, f"error-{rank}").write_text(str(caught.value))
+
+
+def join(rank: int, folder: str) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_SIZE": "2"}
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    join(rank, folder)
     for job in pickle.loads(Path(folder, "jobs").read_bytes()):
         train_loop(Job.model_validate(job), rank, 2, torch.device("cpu"))
     torch.distributed.destroy_process_group()

@@ -108,7 +108,7 @@ def make_batcher(job: Job, rank: int, world: int, device: torch.device) -> Batch
 
 
 def set_up(job: Job, rank: int, world: int, device: torch.device) -> tuple[Setup, int]:
-    """(this rank's part of the job, its number of steps)."""
+    """(this rank's part of the job, its number of steps): rows open, model in the engine, mask laid on."""
     batcher = make_batcher(job, rank, world, device)
     steps = total_steps(job, batcher.plan)
     model = load_model(Path(job.model)).to(device)
@@ -127,6 +127,7 @@ def set_up(job: Job, rank: int, world: int, device: torch.device) -> tuple[Setup
 
 
 def step_of(setup: Setup, number: int) -> Step:
+    """The rows of step `number`, from 0, and their counts."""
     rows = setup.batcher.plan.step_rows(number)
     return Step(number, rows, setup.batcher.counts(rows))
 
@@ -151,12 +152,17 @@ def _backward(setup: Setup, step: Step, weights: dict[str, float]) -> tuple[dict
     sums["tokens"] = torch.tensor(float(tokens), device=setup.device)
     # Every rank has the same names in the same order, so one small all-reduce serves them all.
     values = torch.stack([value.double() for value in sums.values()])
+    mine = values.clone()
     torch.distributed.all_reduce(values)
     totals = dict(zip(sums, values.tolist(), strict=True))
     if bad := [name for name, value in totals.items() if not abs(value) < float("inf")]:
+        every = [torch.empty_like(mine) for _ in range(setup.batcher.world)]
+        torch.distributed.all_gather(every, mine)
+        ranks = [str(rank) for rank, theirs in enumerate(every) if not torch.isfinite(theirs).all()]
         raise TrainingError(
-            f"Loss is not finite at step {step.number + 1} ({', '.join(bad)}). No parameter was changed by this step. "
-            "Lower optimizer.lr or objective.forget.weight, or set train.gradient_clipping."
+            f"Loss is not finite at step {step.number + 1} ({', '.join(bad)}; on rank {', '.join(ranks) or 'none'}). "
+            "No parameter was changed by this step. Lower optimizer.lr or objective.forget.weight, or set "
+            "train.gradient_clipping."
         )
     return totals, totals.pop("tokens")
 
