@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow bench-data lint format
+.PHONY: demo test test-slow bench-data bench-train methods-table lint format
 
 demo: .venv/installed
 	$(BIN)/python pipelines/unlearn.py pipelines/recipes/demo.yaml
@@ -15,6 +15,12 @@ test-slow: .venv/installed
 
 bench-data: .venv/installed
 	$(BIN)/python -m tests.scale
+
+bench-train: .venv/installed
+	$(BIN)/python -m tests.speed
+
+methods-table: .venv/installed
+	$(BIN)/python pipelines/compare.py pipelines/recipes/comparisons/demo.yaml --into docs/methods.md
 
 lint: .venv/installed
 	$(BIN)/ruff check .

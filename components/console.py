@@ -34,7 +34,8 @@ def progress_line(line: Mapping[str, Any], tokens_per_second: float, step_second
     parts = [f"step {line['step']:>{len(str(line['steps']))}}/{line['steps']}"]
     shown = {
         "train/forget_loss": "forget", "train/random_loss": "random", "train/normal_loss": "normal",
-        "train/grad_norm": "grad", "train/clip_fraction": "clip",
+        "train/normal_weight": "weight", "train/grad_norm": "grad", "train/gradient_cosine": "cos",
+        "train/clip_fraction": "clip",
     }  # fmt: skip
     parts += [f"{name} {line[key]:.3f}" for key, name in shown.items() if key in line]
     parts.append(f"{tokens_per_second:.0f} tok/s")

@@ -65,7 +65,7 @@ def train_loop(job: Job, rank: int, world: int, device: torch.device) -> dict[st
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        totals, tokens = _backward(setup, step, weights)
+        totals, tokens = objective_backward(setup, step, weights)
         grad_norm = optimizer_step(setup.engine)
         if isinstance(job.optimizer, Soul):
             optimizer.own_square = None  # type: ignore[attr-defined]
@@ -132,7 +132,7 @@ def step_of(setup: Setup, number: int) -> Step:
     return Step(number, rows, setup.batcher.counts(rows))
 
 
-def _backward(setup: Setup, step: Step, weights: dict[str, float]) -> tuple[dict[str, float], float]:
+def objective_backward(setup: Setup, step: Step, weights: dict[str, float]) -> tuple[dict[str, float], float]:
     """(what to log, input tokens), over all ranks, with the gradients of the objective left in the engine.
 
     Raises:
