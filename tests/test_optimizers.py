@@ -93,9 +93,10 @@ def test_preset_equals_the_arithmetic_of_the_published_code() -> None:
     assert 0 < clipped < size
 
 
-def test_settings_beside_the_preset_win() -> None:
-    config = SoulConfig.model_validate({"type": "soul", "preset": "soul-release", "batch_factor": 1.0})
-    assert (config.batch_factor, config.hessian_interval) == (1.0, 1)
+def test_the_preset_wins_over_what_another_recipe_says_of_the_arithmetic() -> None:
+    given = {"type": "soul", "preset": "soul-release", "gamma": 30, "hessian_interval": 5, "lr": 0.5}
+    config = SoulConfig.model_validate(given)
+    assert (config.gamma, config.hessian_interval, config.batch_factor, config.lr) == (0.04, 1, 5120, 0.5)
     assert SoulConfig.model_validate(config.model_dump()) == config
 
 

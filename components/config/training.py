@@ -57,10 +57,10 @@ class AdaptiveInterval(Section):
 
 
 SOUL_RELEASE: dict[str, Any] = {
-    "lr": 5e-6, "betas": (0.9, 0.95), "gamma": 0.04, "eps": 1e-15, "curvature": "squared_gradient",
-    "curvature_of": "all", "hessian_interval": 1, "batch_factor": 5120.0,
+    "betas": (0.9, 0.95), "gamma": 0.04, "eps": 1e-15, "curvature": "squared_gradient", "curvature_of": "all",
+    "batch_factor": 5120.0, "hessian_interval": 1, "adaptive": None,
 }  # fmt: skip
-"""What `preset: soul-release` fills in."""
+"""What `preset: soul-release` sets."""
 
 
 class Soul(Section):
@@ -69,7 +69,8 @@ class Soul(Section):
     type: Literal["soul"]
     preset: Literal["soul-release"] | None = None
     """soul-release: the arithmetic of the published code, to compare with: momentum applied twice, the squared
-    gradient of the objective in place of the Hessian at every step, times 5120. Settings given beside it win."""
+    gradient of the objective in place of the Hessian at every step, times 5120. It sets betas, gamma, eps and all that
+    has to do with curvature, whatever else is given; lr and weight_decay stay."""
     lr: float = Field(1e-4, gt=0)
     betas: tuple[Beta, Beta] = (0.965, 0.99)
     gamma: float = Field(0.04, gt=0)
@@ -92,7 +93,7 @@ class Soul(Section):
     @classmethod
     def _fill_preset(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("preset") == "soul-release":
-            return {**SOUL_RELEASE, **given}
+            return {**given, **SOUL_RELEASE}
         return given
 
 

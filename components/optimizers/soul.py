@@ -77,8 +77,9 @@ class Soul(torch.optim.Optimizer):
                     p.data.mul_(1 - group["lr"] * group["weight_decay"])
                 m.mul_(beta1).add_(p.grad, alpha=1 - beta1)
                 scale = group["gamma"] * h
-                direction = m / (scale.add_(group["eps"]) if self.release else scale.clamp_min_(group["eps"]))
-                self._clipped.append((direction.abs() >= 1).sum())
+                scale = scale.add_(group["eps"]) if self.release else scale.clamp_min_(group["eps"])
+                direction = torch.div(m, scale, out=scale)  # pieces are large: no second copy
+                self._clipped.append((direction >= 1).sum() + (direction <= -1).sum())
                 self._size += p.numel()
                 p.data.add_(direction.clamp_(-1, 1), alpha=-group["lr"])
 

@@ -13,6 +13,8 @@ from components.training.engine import Outputs, backward, visit_gradients
 from components.training.losses import combine, groups_for
 from components.training.passes import Setup, Step, accumulate
 
+_ROWS = 256  # whose distribution is in memory in float64 at a time
+
 
 def refresh_curvature(setup: Setup, step: Step, weights: dict[str, float]) -> None:
     """Renew the optimizer's h at the present parameters; these, the momentum and the schedule stay as they are.
@@ -26,14 +28,15 @@ def refresh_curvature(setup: Setup, step: Step, weights: dict[str, float]) -> No
     assert isinstance(config, Soul | Influence)
     kind = config.curvature if isinstance(config, Soul) else "gnb"
     factor = config.batch_factor if isinstance(config, Soul) else None
-    present = [g for g in ("forget", "normal") if config.curvature_of in (g, "all") and step.counts[g]]
+    objective, references = setup.job.objective, setup.batcher.references
+    present = objective.groups() if config.curvature_of == "all" else (config.curvature_of,)
     if kind == "gnb":
         tokens = sum(step.counts[group] for group in present)
         with visit_gradients(setup.engine, lambda p: optimizer.refresh_with_square(p, factor or tokens)):  # type: ignore[attr-defined]
-            accumulate(setup, step, tuple(present), _loss_on_own_labels(tokens), labels_key=step.number)
+            accumulate(setup, step, present, _loss_on_own_labels(tokens), labels_key=step.number)
         return
-    chosen = weights if config.curvature_of == "all" else {group: weights[group] for group in present}
-    objective, references = setup.job.objective, setup.batcher.references
+    # A group by itself has weight 1: a weight that changes would change h without any change of curvature.
+    chosen: dict[str, float] = weights if config.curvature_of == "all" else {config.curvature_of: 1.0}
 
     def loss(outputs: Outputs, batch: MicroBatch) -> Tensor:
         return combine(outputs, batch, objective, chosen, step.counts, references, setup.direction)[0]
@@ -50,12 +53,12 @@ def refresh_curvature(setup: Setup, step: Step, weights: dict[str, float]) -> No
 
 def sample_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
     """One label per row of `logits` [n, vocabulary] by the inverse CDF at `uniforms` [n]."""
-    cdf = torch.softmax(logits.detach().double(), dim=-1).cumsum(-1)
-    return (
-        torch.searchsorted(cdf, uniforms.unsqueeze(-1) * cdf[:, -1:], right=True)
-        .squeeze(-1)
-        .clamp_max(cdf.shape[1] - 1)
-    )
+    labels = []
+    for part, numbers in zip(logits.detach().split(_ROWS), uniforms.split(_ROWS), strict=True):
+        cdf = torch.softmax(part.double(), dim=-1).cumsum(-1)
+        found = torch.searchsorted(cdf, numbers.unsqueeze(-1) * cdf[:, -1:], right=True).squeeze(-1)
+        labels.append(found.clamp_max(cdf.shape[1] - 1))
+    return torch.cat(labels)
 
 
 def _loss_on_own_labels(tokens: int) -> Callable[[Outputs, MicroBatch], Tensor]:

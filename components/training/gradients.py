@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from components.config import Nll, Objective, Wagle
+from components.errors import TrainingError
 from components.training.batches import MicroBatch
 from components.training.engine import Outputs, optimizer_parameters, visit_gradients
 from components.training.losses import combine, groups_for
 from components.training.passes import Setup, Step, accumulate
+
+_PIECE = 1 << 24  # numbers that are in memory in float64 at a time
 
 
 def term_gradients(
@@ -43,7 +46,7 @@ def measure(setup: Setup, step: Step, groups: Sequence[str]) -> tuple[dict[str, 
     found = {group: term_gradients(setup, [step], setup.job.objective, {group: 1.0}) for group in groups}
     squares = [_dot(found[group], found[group]) for group in groups]
     pair = [_dot(found["forget"], found["normal"])] if {"forget", "normal"} <= {*groups} else []
-    totals = torch.stack([*squares, *pair])
+    totals = torch.stack([*squares, *pair]).to(setup.device)
     torch.distributed.all_reduce(totals)
     totals = totals / _copies(setup)
     norms = {group: float(total) ** 0.5 for group, total in zip(groups, totals, strict=False)}
@@ -69,7 +72,8 @@ def apply_mask(setup: Setup, mask: Wagle, steps: Sequence[Step]) -> float:
     total = sum(_true_size(p) for p in setup.engine.module.parameters() if p.requires_grad)
     bound = _kth_largest(scores, round(mask.keep * total), setup)
     free = {id(p): (score >= bound) & (score > 0) for p, score in zip(parameters, scores, strict=True)}
-    held = {id(p): p.data[~free[id(p)]].clone() for p in parameters}
+    decays = any(group.get("weight_decay") for group in setup.optimizer.param_groups)
+    held = {id(p): p.data[~free[id(p)]].clone() for p in parameters if decays}
 
     def before(optimizer: Any, *rest: Any) -> None:
         for p in _with_gradient(optimizer):
@@ -79,9 +83,16 @@ def apply_mask(setup: Setup, mask: Wagle, steps: Sequence[Step]) -> float:
         for p in _with_gradient(optimizer):
             p.data[~free[id(p)]] = held[id(p)]
 
+    share = _count(setup, list(free.values()), lambda mine: mine) / total
+    if not share:
+        raise TrainingError(
+            "No weight may move: the gradient of the forget term is 0 everywhere at the original. Expected a term that "
+            "has one there. Take another objective.forget, or leave mask out."
+        )
     setup.optimizer.register_step_pre_hook(before)
-    setup.optimizer.register_step_post_hook(after)
-    return _count(setup, list(free.values()), lambda mine: mine) / total
+    if decays:  # without a gradient nothing but weight decay moves a weight
+        setup.optimizer.register_step_post_hook(after)
+    return share
 
 
 def _with_gradient(optimizer: torch.optim.Optimizer) -> list[Any]:
@@ -118,4 +129,9 @@ def _true_size(p: nn.Parameter) -> int:
 
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    return torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum()
+    parts = [
+        (x.double() * y.double()).sum()
+        for mine, other in zip(a, b, strict=True)
+        for x, y in zip(mine.flatten().split(_PIECE), other.flatten().split(_PIECE), strict=True)
+    ]
+    return torch.stack(parts).sum()

@@ -3,6 +3,7 @@
 import json
 import resource
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def train_loop(job: Job, rank: int, world: int, device: torch.device) -> dict[st
         TrainingError: on all ranks alike when a loss is not finite, before any parameter changes.
     """
     quiet_libraries()
-    before = _memory(device)
+    before = _memory_at_start(device)
     setup, steps = set_up(job, rank, world, device)
     objective, plan, optimizer = job.objective, setup.batcher.plan, setup.optimizer
     learnt = first_learnt(objective)
@@ -71,7 +72,7 @@ def train_loop(job: Job, rank: int, world: int, device: torch.device) -> dict[st
             optimizer.own_square = None  # type: ignore[attr-defined]
             measured["train/clip_fraction"] = clip_fraction = _clip_fraction(setup)
         learnt = dual_step(objective, learnt, {g: totals[f"{g}_loss"] for g in learnt}, number // plan.steps_per_epoch)
-        memory = _over_ranks(torch.tensor(_memory(device) - before, device=device), torch.distributed.ReduceOp.MAX)
+        memory = _over_ranks(torch.tensor(_peak_memory(device) - before, device=device), torch.distributed.ReduceOp.MAX)
         if rank == 0:
             seconds = time.perf_counter() - step_started
             line = {
@@ -199,8 +200,18 @@ def _clip_fraction(setup: Setup) -> float:
     return float(counts[0] / counts[1])
 
 
-def _memory(device: torch.device) -> float:
-    """Peak bytes: of the GPU's memory, else of this process since it began."""
+def _memory_at_start(device: torch.device) -> float:
+    """Forget earlier peaks. Returns the bytes that are not the job's: on a CPU, what the process has already."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return 0.0
+    with suppress(OSError):  # Linux only
+        Path("/proc/self/clear_refs").write_text("5")
+    return _peak_memory(device)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Peak bytes: of the GPU's memory, else of this process."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

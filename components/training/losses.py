@@ -29,12 +29,13 @@ def combine(
     to the step's values over micro-batches and ranks.
     """
     loss = outputs.nothing()
+    own = _by_group(outputs, batch)
     parts = {"loss": torch.zeros((), device=loss.device)}
     for group, config in objective.terms().items():
         if group not in weights:
             continue
         function, inputs, per = find_term(config)
-        given = _Inputs(outputs, batch, group, references, direction)
+        given = _Inputs(own, batch, group, references, direction)
         total, metrics = function(**{name: given.find(name) for name in inputs}, **settings(config))
         mean = total / counts[group if per == "token" else f"{group}_rows"]
         loss = loss + weights[group] * mean
@@ -42,6 +43,14 @@ def combine(
         parts[f"{group}_loss"] = mean.detach()
         parts |= {f"{group}_{name}": value / counts[group] for name, value in metrics.items()}
     return loss, parts
+
+
+def _by_group(outputs: Outputs, batch: MicroBatch) -> dict[str, Outputs]:
+    """Each group's part of the outputs; split at once, so that the backward pass puts them together at once."""
+    sizes = [len(answers.targets) for answers in batch.groups.values()]
+    nothing = [None] * len(sizes)
+    logits, states = (nothing if x is None else x.split(sizes) for x in outputs)
+    return {group: Outputs(*both) for group, both in zip(batch.groups, zip(logits, states, strict=True), strict=True)}
 
 
 def groups_for(objective: Objective, terms: Mapping[str, Any]) -> tuple[str, ...]:
@@ -61,7 +70,7 @@ class _Inputs:
 
     def __init__(
         self,
-        outputs: Outputs,
+        outputs: Mapping[str, Outputs],
         batch: MicroBatch,
         group: str,
         references: Mapping[str, Reference],
@@ -74,16 +83,15 @@ class _Inputs:
         if name.startswith("chosen_"):
             chosen = _Inputs(self.outputs, self.batch, "random", self.references, self.direction)
             return chosen.find(name.removeprefix("chosen_"))
-        answers = self.batch.groups[self.group]
-        here = slice(answers.first, answers.first + len(answers.targets))
+        answers, outputs = self.batch.groups[self.group], self.outputs[self.group]
         if name in ("mask", "targets"):
             return getattr(answers, name)
         if name == "logits":
-            assert self.outputs.logits is not None
-            return self.outputs.logits[here]
+            assert outputs.logits is not None
+            return outputs.logits
         if name == "states":
-            assert self.outputs.states is not None
-            return self.outputs.states[here]
+            assert outputs.states is not None
+            return outputs.states
         if name == "logp":
             logits = self.find("logits").float()
             return answers.padded(-torch.nn.functional.cross_entropy(logits, answers.targets, reduction="none"))
