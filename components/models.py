@@ -142,12 +142,19 @@ def context_length(folder: Path) -> int | None:
     return config.get("max_position_embeddings") or config.get("n_positions")
 
 
-def hidden_size(folder: Path) -> int:
-    """Width of the last hidden states that the output layer takes, from the config."""
+def hidden_size(folder: Path, last: bool) -> int:
+    """Width of a decoder layer's output, or of the `last` hidden states that the output layer takes."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    return int(getattr(config, "word_embed_proj_dim", config.hidden_size))
+    return int(getattr(config, "word_embed_proj_dim", config.hidden_size) if last else config.hidden_size)
+
+
+def layer_count(folder: Path) -> int:
+    """Decoder layers that the config names."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().num_hidden_layers)
 
 
 def load_model(folder: Path, dtype: str = "fp32") -> Any:

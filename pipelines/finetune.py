@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from components.config import (
+    Custom,
     Files,
     HuggingFace,
     Nll,
@@ -41,6 +42,7 @@ from components.errors import ConfigError
 from components.models import (
     context_length,
     fingerprint,
+    layer_count,
     load_tokenizer,
     local_folder,
     make_scratch,
@@ -196,6 +198,27 @@ def check_inputs(recipe: Recipe) -> None:
         folder = local_folder(model, storage_folder(recipe))
         load_tokenizer(folder)
         check_context(recipe, folder)
+    _check_objective(recipe)
+
+
+def _check_objective(recipe: Recipe) -> None:
+    """Refuse a term that cannot be had, or a layer that the model has not, before anything is trained."""
+    from components.objectives.terms import find_term  # imports torch
+
+    for term in recipe.objective.terms().values():
+        find_term(term)
+    layer, count = recipe.objective.layer, _layers(recipe)
+    if layer is not None and count is not None and layer >= count:
+        raise ConfigError(
+            f"Model has no such layer (layer={layer}, layers={count}). Expected 0 to {count - 1}. Set the term's layer."
+        )
+
+
+def _layers(recipe: Recipe) -> int | None:
+    given = recipe.models.original or (recipe.finetune.base if recipe.finetune else None)
+    if isinstance(given, Scratch):
+        return given.layers
+    return layer_count(local_folder(given, storage_folder(recipe))) if given else None
 
 
 def check_sources(recipe: Recipe) -> None:
@@ -207,10 +230,16 @@ def check_sources(recipe: Recipe) -> None:
 
 
 def inputs_digest(recipe: Recipe) -> str:
-    """Changes with the content of the recipe's files and given models."""
+    """Changes with the content of the recipe's files, given models and custom terms."""
     storage = storage_folder(recipe)
     models = [fingerprint(local_folder(model, storage)) for model in _given_models(recipe)]
-    return digest([[source_fingerprint(source, storage) for source in _sources(recipe)], models], 32)
+    made_from: list[Any] = [[source_fingerprint(source, storage) for source in _sources(recipe)], models]
+    for term in recipe.objective.terms().values():
+        if isinstance(term, Custom):
+            from components.objectives.terms import code_digest  # imports torch
+
+            made_from.append(code_digest(term))
+    return digest(made_from, 32)
 
 
 def _sources(recipe: Recipe) -> list[PoolSource]:

@@ -217,7 +217,7 @@ def _prepare(recipe: Recipe, original: Model, place: Path) -> Streams:
 def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, client: Any, run_id: str) -> dict[str, Any]:
     metrics = folder / "metrics.jsonl"
     metrics.unlink(missing_ok=True)  # of a run that did not reach its end
-    for name in ("model", "adapter"):
+    for name in ("model", "model-adapter"):
         shutil.rmtree(folder / name, ignore_errors=True)
     job = Job(
         model=str(original.folder),

@@ -162,6 +162,19 @@ def test_the_readmes_commands_are_accepted() -> None:
         (["train.lora={}", "train.trainable=norm"], "lora trains its adapters only"),
         (["train.trainable='('"], "is not a regular expression"),
         (["objective.forget={type: nll}"], "give both (task-vector negation) or neither"),
+        (
+            ["objective.forget={type: nll}", "objective.negate=1.0"],
+            "negate subtracts all that is learnt: set objective.random=null",
+        ),
+        (["mask={type: wagle}", "train.lora={}"], "mask chooses among the model's weights"),
+        (["mask={type: wagle}", "objective.forget={type: kl_ascent}"], "mask needs a gradient at the original"),
+        (["objective.forget.weight={type: dual, bound: 1}"], "a constraint is on what is to be kept"),
+        (["train.gradient_cosine_every=2", "objective.forget=null"], "gradient_cosine_every needs objective.forget"),
+        (["optimizer.adaptive={soonest: 9}"], "soonest must be below hessian_interval=5"),
+        (
+            ["optimizer.curvature=hutchinson", "optimizer.batch_factor=2", "train.zero_stage=2"],
+            "batch_factor multiplies squared gradients",
+        ),
         (["objective.negate=1.0"], "give both (task-vector negation) or neither"),
         (
             ["objective.forget={type: dpo}", "objective.random=null", "data.random=[]"],

@@ -62,14 +62,18 @@ def test_rmu_ends_at_its_layer_and_leaves_all_above_alone(make_job: Any, tmp_pat
 
 
 def test_rmu_does_not_depend_on_the_split_or_on_where_the_forward_ends(make_job: Any, tmp_path: Path) -> None:
-    """Also not on a retain term that needs logits, whose weight is 0: the whole forward gives the same activations."""
-    whole = RMU.model_copy(update={"normal": RMU.normal, "random": None})
+    """Against the whole forward too, which a normal term on logits asks for, here with a weight of 0."""
+    alone = RMU.model_copy(update={"normal": None})
+    beside = Objective.model_validate({"forget": RMU.forget, "normal": {"type": "nll", "weight": 0.0}})
     jobs = [
-        make_job("a", train(), objective=whole, optimizer=ADAMW, random=None),
-        make_job("b", train(micro_batch_size=3, zero_stage=2), objective=whole, optimizer=ADAMW, random=None),
+        make_job("a", train(), objective=alone, optimizer=ADAMW, random=None),
+        make_job("b", train(micro_batch_size=3, zero_stage=2), objective=alone, optimizer=ADAMW, random=None),
+        make_job("c", train(zero_stage=2), objective=beside, optimizer=ADAMW, random=None),
     ]
-    ended, split = (run(job, tmp_path) for job in jobs)
+    ended, split, whole = (run(job, tmp_path) for job in jobs)
     assert distance(ended, split) < 1e-5
+    low = [name for name in ended if "layers.0" in name]
+    assert distance({name: ended[name] for name in low}, {name: whole[name] for name in low}) < 1e-5
     soul = Soul(type="soul", lr=1e-3, eps=1e-6, gamma=2.0, curvature="gnb")
     job = make_job("gnb", train(), objective=RMU, optimizer=soul, random=None)
     assert not answer_model(load_model(Path(job.model)), job).ends  # labels are sampled from logits
@@ -176,7 +180,7 @@ def test_adapters_are_merged_into_the_weights(make_job: Any, tmp_path: Path, sta
     moved, start = run(job, tmp_path), start_of(job)
     changed = {name for name in start if not torch.equal(moved[name], start[name])}
     assert changed == {name for name in start if "q_proj" in name or "v_proj" in name}
-    adapted = PeftModel.from_pretrained(load_model(Path(job.model)), Path(job.output).with_name("adapter"))
+    adapted = PeftModel.from_pretrained(load_model(Path(job.model)), Path(f"{job.output}-adapter"))
     whole = AutoModelForCausalLM.from_pretrained(job.output)
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
@@ -201,7 +205,8 @@ def test_only_named_parameters_are_trained(make_job: Any, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("stage", "offload"), [(2, "optimizer"), (3, "optimizer"), (3, "parameters")])
 def test_offload_changes_nothing(make_job: Any, tmp_path: Path, stage: int, offload: str) -> None:
     here, there = (
-        run(make_job(f"{where}", train(zero_stage=stage, offload=where)), tmp_path) for where in ("none", offload)
+        run(make_job(f"{where}", train(zero_stage=stage, offload=where, micro_batch_size=3)), tmp_path)
+        for where in ("none", offload)
     )
     assert distance(here, there) < 1e-6
 
@@ -343,6 +348,47 @@ def test_a_custom_term_that_does_not_fit_is_refused() -> None:
     assert "cannot be imported" in refuse("tests.custom_terms.no_such")
     assert "lacks ['scale']" in refuse("tests.custom_terms.ascent")
     assert "does not take ['more']" in refuse("tests.custom_terms.ascent", scale=1.0, more=2)
+    assert "the random responses, without chosen=true" in refuse("components.objectives.forget.dpo", beta=1.0)
+    assert "activations, without a layer" in refuse("components.objectives.forget.rmu", coefficient=1.0)
+    assert "one of them is kept for a group" in refuse("tests.custom_terms.two_originals")
+
+
+def test_a_custom_term_may_take_activations_or_responses(make_job: Any, tmp_path: Path) -> None:
+    """As custom terms, RMU and DPO do what they do under their own names."""
+    for own, custom in (
+        ({"type": "rmu", "layer": 0, "coefficient": 4.0}, {"layer": 0, "settings": {"coefficient": 4.0}}),
+        ({"type": "dpo", "beta": 0.2}, {"chosen": True, "per": "row", "settings": {"beta": 0.2}}),
+    ):
+        path = f"components.objectives.forget.{own['type']}"
+        objectives = (
+            Objective.model_validate({"forget": forget})
+            for forget in (own, {"type": "custom", "import_path": path, **custom})
+        )
+        ours, theirs = (
+            run(make_job(f"{own['type']}{i}", train(), objective=o, optimizer=ADAMW, normal=None), tmp_path)
+            for i, o in enumerate(objectives)
+        )
+        assert distance(ours, theirs) == 0
+
+
+def test_a_mask_beside_a_term_on_activations(make_job: Any, tmp_path: Path) -> None:
+    job = make_job("both", train(), objective=RMU, optimizer=ADAMW, random=None)
+    job = job.model_copy(update={"mask": Wagle(type="wagle", keep=0.5, batches=1)})
+    moved, start = run(job, tmp_path), start_of(job)
+    share = np.mean([(moved[n] != start[n]).float().mean().item() for n in moved if "layers.0" in n])
+    assert 0.1 < share < 0.9
+
+
+def test_a_refresh_comes_before_its_time_when_much_is_clipped(make_job: Any, tmp_path: Path) -> None:
+    """Momentum is clipped where h is 0: with a wide band nothing is refreshed, with a narrow one every second step."""
+    found = {}
+    for name, high in (("wide", 1.0), ("narrow", 0.01)):
+        soul = Soul.model_validate(
+            {"type": "soul", "lr": 1e-3, "hessian_interval": 10, "adaptive": {"low": 0.0, "high": high, "soonest": 2}}
+        )
+        found[name] = run(make_job(name, train(steps=3), objective=GRAD_DIFF, random=None, optimizer=soul), tmp_path)
+        assert all(0.01 < line["train/clip_fraction"] <= 1.0 for line in lines(make_job(name)))
+    assert distance(found["wide"], found["narrow"]) > 1e-4  # the third step had another Hessian
 
 
 def test_alternate_answers_go_by_row(make_job: Any) -> None:

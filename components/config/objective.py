@@ -187,6 +187,10 @@ class Custom(Section):
     it takes (see `components/objectives/terms.py`); the others are filled from `settings`."""
     per: Literal["token", "row"] = "token"
     """What its sum is divided by the global count of."""
+    layer: int | None = Field(None, ge=0)
+    """Decoder layer whose activations it takes (`states`, `original_states`)."""
+    chosen: bool = False
+    """Whether it takes the random responses too (`chosen_logp` and the like), as DPO does."""
     settings: dict[str, Any] = {}
 
 
@@ -275,15 +279,21 @@ class Objective(Section):
 
     def groups(self) -> tuple[str, ...]:
         """The groups whose rows are read, in the order in which they stand in a micro-batch."""
-        used = {*self.terms()} | ({"random"} if isinstance(self.forget, Dpo) else set())
+        used = {*self.terms()} | ({"random"} if self.prefers_responses else set())
         return tuple(group for group in ("forget", "random", "normal") if group in used)
 
     @property
     def responses(self) -> int:
         """K, also where the random responses serve DPO alone."""
-        return self.random.responses if self.random else int(isinstance(self.forget, Dpo))
+        return self.random.responses if self.random else int(self.prefers_responses)
+
+    @property
+    def prefers_responses(self) -> bool:
+        """Whether the forget term takes the random responses."""
+        return isinstance(self.forget, Dpo) or (isinstance(self.forget, Custom) and self.forget.chosen)
 
     @property
     def layer(self) -> int | None:
         """The layer whose activations a term takes."""
-        return next((term.layer for term in self.terms().values() if hasattr(term, "layer")), None)
+        layers = [getattr(term, "layer", None) for term in self.terms().values()]
+        return next((layer for layer in layers if layer is not None), None)

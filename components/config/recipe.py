@@ -9,8 +9,9 @@ from components.config.data import Data
 from components.config.evaluation import Evaluation, Gate, Tracking
 from components.config.objective import (
     Balanced,
-    Dpo,
+    Dual,
     GradientAscent,
+    KlAscent,
     KlToOriginal,
     Nll,
     Objective,
@@ -79,8 +80,8 @@ def _objective_problems(recipe: Recipe) -> Iterator[str]:
     objective, data = recipe.objective, recipe.data
     if not objective.forget and not objective.random:
         yield "objective has neither a forget nor a random term, so nothing would be unlearned"
-    if isinstance(objective.forget, Dpo) and not data.random:
-        yield "objective.forget=dpo prefers the answers of data.random: give it, such as refusals"
+    if objective.prefers_responses and not data.random:
+        yield f"objective.forget={objective.forget.type} prefers the answers of data.random: give it, such as refusals"  # type: ignore[union-attr]
     if data.responses == "by_row" and objective.responses > 1:
         yield "data.responses=by_row gives one response a row: set objective.random.responses=1"
     if isinstance(objective.forget, Nll) != (objective.negate is not None):
@@ -88,12 +89,24 @@ def _objective_problems(recipe: Recipe) -> Iterator[str]:
             "objective.forget=nll learns the forget answers, which objective.negate then subtracts: give both "
             "(task-vector negation) or neither"
         )
-    layers = {term.layer for term in objective.terms().values() if hasattr(term, "layer")}
+    if objective.negate is not None and (objective.random or objective.normal):
+        yield "objective.negate subtracts all that is learnt: set objective.random=null and objective.normal=null"
+    if objective.negate is not None and recipe.train.lora and recipe.train.lora.export_adapter:
+        yield "train.lora.export_adapter would write what objective.negate subtracts: set it to false"
+    layers = {term.layer for term in objective.terms().values() if getattr(term, "layer", None) is not None}
     if len(layers) > 1:
         yield f"the objective's terms take the activations of several layers {sorted(layers)}; expected one"
     for group, term in objective.terms().items():
         if isinstance(term.weight, Balanced) and (group == "forget" or not objective.forget):
             yield f"objective.{group}.weight=balanced is measured against the forget term's; give it to another term"
+        if isinstance(term.weight, Dual) and group == "forget":
+            yield "objective.forget.weight=dual: a constraint is on what is to be kept; give it to another term"
+    if recipe.train.gradient_cosine_every and not (objective.forget and objective.normal):
+        yield "train.gradient_cosine_every needs objective.forget and objective.normal"
+    if recipe.mask and recipe.train.lora:
+        yield "mask chooses among the model's weights, and train.lora trains none of them: leave one out"
+    if recipe.mask and isinstance(objective.forget, KlAscent):
+        yield "mask needs a gradient at the original, where that of kl_ascent is 0: take another objective.forget"
 
 
 def _pair_problems(where: str, optimizer: Any, train: Train) -> Iterator[str]:
@@ -108,6 +121,10 @@ def _pair_problems(where: str, optimizer: Any, train: Train) -> Iterator[str]:
             f"{where}optimizer.curvature=hutchinson differentiates twice, which ZeRO 3 cannot: its layers are gone by "
             f"then; set {where}train.zero_stage=2, or choose gnb"
         )
+    if isinstance(optimizer, Soul) and optimizer.curvature == "hutchinson" and optimizer.batch_factor:
+        yield f"{where}optimizer.batch_factor multiplies squared gradients, which hutchinson has none of: leave it out"
+    if isinstance(optimizer, Soul) and optimizer.adaptive and optimizer.adaptive.soonest >= optimizer.hessian_interval:
+        yield f"{where}optimizer.adaptive.soonest must be below hessian_interval={optimizer.hessian_interval}"
     if isinstance(optimizer, Influence) and train.gradient_clipping:
         yield f"{where}optimizer=influence needs the gradient's true size; set {where}train.gradient_clipping=0"
     if isinstance(optimizer, Influence) and (train.warmup_steps or train.schedule != "constant"):

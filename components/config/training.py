@@ -164,7 +164,7 @@ class Lora(Section):
     targets: str | list[str] = "all-linear"
     """Names of the layers that get one, such as [q_proj, v_proj], or all-linear."""
     export_adapter: bool = False
-    """Write the adapter by itself too, into the folder `adapter` beside the model."""
+    """Write the adapter by itself too, into the folder `model-adapter` beside the model."""
 
 
 class Wagle(Section):
@@ -172,7 +172,8 @@ class Wagle(Section):
 
     type: Literal["wagle"]
     keep: float = Field(0.95, gt=0, le=1)
-    """Share of the weights that may move: those with the largest scores |(θ − ∇L_normal/γ) ⊙ ∇L_forget|."""
+    """Largest share of the weights that may move: those with the largest scores |(θ − ∇L_normal/γ) ⊙ ∇L_forget|. A
+    score of 0 (embeddings of tokens that do not occur) never does."""
     gamma: float = Field(1e-6, gt=0)
     """γ, curvature of the retain loss (the release's value); the smaller, the more the retain gradient counts against
     the weight's size."""

@@ -1,1 +1,1 @@
-"""The terms of an objective: pure functions of log-probabilities."""
+"""The terms of an objective, pure functions of what the model says, and their weights."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from components.objectives.parts import Sum, has_tokens, log_softmaxes, precise, probability
+from components.objectives.parts import Sum, log_softmaxes, precise, probability
 
 
 def gradient_ascent(logp: Tensor, mask: Tensor) -> Sum:
@@ -34,7 +34,7 @@ def npo(logp: Tensor, original_logp: Tensor, mask: Tensor, beta: float) -> Sum:
     −(2/β) log σ(−β log(p(y|x) / q(y|x))), the log-ratio summed over the answer's tokens, not their mean.
     """
     ratio = ((logp - original_logp) * mask).sum(-1)
-    return (2 / beta) * (softplus(beta * ratio) * has_tokens(mask)).sum(), probability(logp, mask)
+    return (2 / beta) * softplus(beta * ratio).sum(), probability(logp, mask)
 
 
 def simnpo(logp: Tensor, mask: Tensor, beta: float, margin: float) -> Sum:
@@ -43,7 +43,7 @@ def simnpo(logp: Tensor, mask: Tensor, beta: float, margin: float) -> Sum:
     −(2/β) log σ(−(β/|y|) log p(y|x) − γ), with the margin γ outside the factor β as in the paper.
     """
     mean = (logp * mask).sum(-1) / mask.sum(-1).clamp(min=1)
-    return (2 / beta) * (softplus(beta * mean + margin) * has_tokens(mask)).sum(), probability(logp, mask)
+    return (2 / beta) * softplus(beta * mean + margin).sum(), probability(logp, mask)
 
 
 def wga(logp: Tensor, mask: Tensor, beta: float) -> Sum:
@@ -125,7 +125,7 @@ def dpo(
     chosen = ((chosen_logp - chosen_original_logp) * chosen_mask).sum(-1)
     k = len(chosen) // max(1, len(rejected))
     margin = chosen - rejected.repeat_interleave(k)
-    total = (2 / beta) / max(1, k) * (softplus(-beta * margin) * has_tokens(chosen_mask)).sum()
+    total = (2 / beta) / max(1, k) * softplus(-beta * margin).sum()
     return total, probability(logp, mask)
 
 

@@ -24,8 +24,3 @@ def log_softmaxes(original_logits: Tensor, logits: Tensor) -> tuple[Tensor, Tens
 def precise(x: Tensor) -> Tensor:
     """At least fp32: bf16 has 3 digits."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def has_tokens(mask: Tensor) -> Tensor:
-    """[rows] 0 for the row that stands in for none in an empty micro-batch."""
-    return (mask.sum(-1) > 0).to(mask.dtype)

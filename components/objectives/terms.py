@@ -1,8 +1,10 @@
 """The table of terms: what each takes, and what its sum is divided by."""
 
+import hashlib
 import importlib
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from components.config import Custom
@@ -67,6 +69,12 @@ def settings(config: Any) -> dict[str, Any]:
     return config.settings if isinstance(config, Custom) else config.model_dump(exclude=_NOT_SETTINGS)
 
 
+def code_digest(config: Custom) -> str:
+    """32 hex digits of the file that defines a custom term."""
+    file = inspect.getsourcefile(find_term(config).function)
+    return hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()[:32]
+
+
 def _imported(config: Custom) -> Term:
     module, _, name = config.import_path.rpartition(".")
     try:
@@ -79,9 +87,23 @@ def _imported(config: Custom) -> Term:
     takes = inspect.signature(function).parameters
     needed = {key for key, parameter in takes.items() if parameter.default is inspect.Parameter.empty}
     if (missing := needed - {*INPUTS} - {*config.settings}) or (unknown := {*config.settings} - {*takes}):
-        problem = f"lacks {sorted(missing)}" if missing else f"does not take {sorted(unknown)}"
+        misfit = f"lacks {sorted(missing)}" if missing else f"does not take {sorted(unknown)}"
         raise ConfigError(
-            f"Custom term does not fit (import_path={config.import_path}): it {problem}. Expected parameters named "
+            f"Custom term does not fit (import_path={config.import_path}): it {misfit}. Expected parameters named "
             f"after the inputs ({', '.join(INPUTS)}) or after its settings."
         )
-    return Term(function, tuple(key for key in takes if key in INPUTS), config.per)
+    inputs = tuple(key for key in takes if key in INPUTS)
+    if problem := _cannot_have(config, inputs):
+        raise ConfigError(f"Custom term asks for what it cannot have (import_path={config.import_path}): {problem}.")
+    return Term(function, inputs, config.per)
+
+
+def _cannot_have(config: Custom, inputs: tuple[str, ...]) -> str | None:
+    if any(name.startswith("chosen_") for name in inputs) and not config.chosen:
+        return "the random responses, without chosen=true"
+    if {"states", "original_states", "direction"} & {*inputs} and config.layer is None:
+        return "activations, without a layer"
+    if config.layer is not None and {"logits", "logp"} & {*inputs}:
+        return "activations and logits at once"
+    originals = [name for name in inputs if name.startswith("original_")]
+    return f"{' and '.join(originals)}; one of them is kept for a group" if len(originals) > 1 else None

@@ -29,11 +29,12 @@ def refresh_curvature(setup: Setup, step: Step, weights: dict[str, float]) -> No
     kind = config.curvature if isinstance(config, Soul) else "gnb"
     factor = config.batch_factor if isinstance(config, Soul) else None
     objective, references = setup.job.objective, setup.batcher.references
+    what = f"the curvature at step {step.number + 1}"
     present = objective.groups() if config.curvature_of == "all" else (config.curvature_of,)
     if kind == "gnb":
         tokens = sum(step.counts[group] for group in present)
-        with visit_gradients(setup.engine, lambda p: optimizer.refresh_with_square(p, factor or tokens)):  # type: ignore[attr-defined]
-            accumulate(setup, step, present, _loss_on_own_labels(tokens), labels_key=step.number)
+        with visit_gradients(setup.engine, lambda p: optimizer.refresh_with_square(p, factor or tokens), what):  # type: ignore[attr-defined]
+            accumulate(setup, step, present, _loss_on_own_labels(tokens), "curvature", labels_key=step.number)
         return
     # A group by itself has weight 1: a weight that changes would change h without any change of curvature.
     chosen: dict[str, float] = weights if config.curvature_of == "all" else {config.curvature_of: 1.0}
@@ -43,12 +44,12 @@ def refresh_curvature(setup: Setup, step: Step, weights: dict[str, float]) -> No
 
     groups = groups_for(objective, chosen)
     if kind == "hutchinson":
-        with visit_gradients(setup.engine, optimizer.refresh):  # type: ignore[attr-defined]
+        with visit_gradients(setup.engine, optimizer.refresh, what):  # type: ignore[attr-defined]
             _hessian_along_signs(setup, step, groups, loss)
         return
     tokens = sum(step.counts[group] for group in chosen)
-    with visit_gradients(setup.engine, lambda p: optimizer.refresh_with_square(p, factor or tokens)):  # type: ignore[attr-defined]
-        accumulate(setup, step, groups, loss)
+    with visit_gradients(setup.engine, lambda p: optimizer.refresh_with_square(p, factor or tokens), what):  # type: ignore[attr-defined]
+        accumulate(setup, step, groups, loss, "curvature")
 
 
 def sample_labels(logits: Tensor, uniforms: Tensor) -> Tensor:

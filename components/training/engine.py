@@ -117,41 +117,41 @@ def backward(engine: Any, loss: Tensor, last: bool) -> None:
     engine.backward(loss, scale_wrt_gas=False)
 
 
-def optimizer_step(engine: Any) -> float:
-    """Clip, update, forget the gradients. Returns the global gradient norm before clipping.
+def optimizer_step(engine: Any, what: str = "the objective") -> float:
+    """Clip, update, forget the gradients of `what`. Returns the global gradient norm before clipping.
 
     Raises:
         TrainingError: on all ranks alike, and without an update, when the norm is not finite.
     """
-    norm = _unsharded_norm(engine)
+    norm = _unsharded_norm(engine, what)
     engine.step()  # with ZeRO it skips the update itself when the norm is not finite
     _clear_stale_gradients(engine.optimizer)
     norm = float(engine.get_global_grad_norm()) if norm is None else norm
-    _check_norm(norm, "Gradient")
+    _check_norm(norm, what)
     return norm
 
 
-def _unsharded_norm(engine: Any) -> float | None:
+def _unsharded_norm(engine: Any, what: str) -> float | None:
     """Gradient norm at stage 0 in fp32, where DeepSpeed keeps none and would update whatever it is; else None."""
     if engine.optimizer is not engine.basic_optimizer:
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     norm = float(nn.utils.get_total_norm(gradients))
-    _check_norm(norm, "Gradient")
+    _check_norm(norm, what)
     return norm
 
 
 def _check_norm(norm: float, what: str) -> None:
     if not math.isfinite(norm) or norm < 0:  # ZeRO says -1 for an overflow
         raise TrainingError(
-            f"{what} is not finite (norm={norm}). Expected a finite one; no parameter was changed by it. Lower "
-            "optimizer.lr or objective.forget.weight, or set train.gradient_clipping."
+            f"Gradient of {what} is not finite (norm={norm}). Expected a finite one; no parameter was changed by it. "
+            "Lower optimizer.lr or objective.forget.weight, or set train.gradient_clipping."
         )
 
 
 @contextmanager
-def visit_gradients(engine: Any, visit: Callable[[nn.Parameter], None]) -> Iterator[None]:
-    """Inside, run `backward`; on leaving, `visit(p)` sees each of `optimizer_parameters` that got a gradient.
+def visit_gradients(engine: Any, visit: Callable[[nn.Parameter], None], what: str) -> Iterator[None]:
+    """Inside, run `backward` of `what`; on leaving, `visit(p)` sees each of `optimizer_parameters` that got a gradient.
 
     `p.grad` is the gradient over all ranks, not clipped. Nothing is updated or counted: this goes through ZeRO's
     wrapper with the optimizer's step taken away, and not through `engine.step()`. Must not run between the
@@ -171,7 +171,7 @@ def visit_gradients(engine: Any, visit: Callable[[nn.Parameter], None]) -> Itera
                     visit(p)
 
     yield
-    norm = _unsharded_norm(engine)
+    norm = _unsharded_norm(engine, what)
     if clip is not None:
         wrapper.clip_grad = 0.0
     optimizer.step = visit_all
@@ -182,7 +182,7 @@ def visit_gradients(engine: Any, visit: Callable[[nn.Parameter], None]) -> Itera
         del optimizer.step
         if clip is not None:
             wrapper.clip_grad = clip
-    _check_norm(float(wrapper._global_grad_norm) if norm is None else norm, "Gradient")
+    _check_norm(float(wrapper._global_grad_norm) if norm is None else norm, what)
     (engine if wrapper is optimizer else wrapper).zero_grad()
     _clear_stale_gradients(wrapper)
 

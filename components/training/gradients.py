@@ -30,14 +30,15 @@ def term_gradients(
     def add(p: nn.Parameter) -> None:
         sums[place[id(p)]].add_(p.grad, alpha=1 / len(steps))  # type: ignore[arg-type]
 
+    what = f"{'+'.join(weights)} term"
     for step in steps:
 
         def loss(outputs: Outputs, batch: MicroBatch, step: Step = step) -> Tensor:
             references, direction = setup.batcher.references, setup.direction
             return combine(outputs, batch, objective, weights, step.counts, references, direction)[0]
 
-        with visit_gradients(setup.engine, add):
-            accumulate(setup, step, groups_for(objective, weights), loss)
+        with visit_gradients(setup.engine, add, f"the {what} at step {step.number + 1}"):
+            accumulate(setup, step, groups_for(objective, weights), loss, what)
     return sums
 
 

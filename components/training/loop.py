@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from components.config import Influence, Objective, Soul, Wagle
-from components.errors import TrainingError
 from components.files import whole_folder
 from components.models import check_packing, hidden_size, load_model, quiet_libraries
 from components.objectives.weights import balance_due, balanced, dual_step, first_learnt, weights_at
@@ -23,7 +22,7 @@ from components.training.engine import Outputs, consolidated_state, optimizer_st
 from components.training.gradients import apply_mask, measure
 from components.training.job import Job, make_plan, open_sets, total_steps
 from components.training.losses import combine, steering_direction
-from components.training.passes import Setup, Step, accumulate
+from components.training.passes import Setup, Step, accumulate, sum_over_ranks
 from components.training.reference import Reference
 from components.training.trainable import answer_model, save_result
 
@@ -67,7 +66,7 @@ def train_loop(job: Job, rank: int, world: int, device: torch.device) -> dict[st
             group["lr"] = rate
 
         totals, tokens = objective_backward(setup, step, weights)
-        grad_norm = optimizer_step(setup.engine)
+        grad_norm = optimizer_step(setup.engine, f"the objective at step {number + 1}")
         if isinstance(job.optimizer, Soul):
             optimizer.own_square = None  # type: ignore[attr-defined]
             measured["train/clip_fraction"] = clip_fraction = _clip_fraction(setup)
@@ -120,7 +119,7 @@ def set_up(job: Job, rank: int, world: int, device: torch.device) -> tuple[Setup
     engine = start_engine(answering, optimizer, job.train)
     direction = None
     if job.objective.layer is not None:
-        direction = steering_direction(job.seed, hidden_size(Path(job.model))).to(device)
+        direction = steering_direction(job.seed, hidden_size(Path(job.model), last=False)).to(device)
     setup = Setup(job, batcher, optimizer, engine, device, direction)
     if isinstance(job.mask, Wagle):
         apply_mask(setup, job.mask, [step_of(setup, number) for number in range(min(job.mask.batches, steps))])
@@ -149,22 +148,8 @@ def objective_backward(setup: Setup, step: Step, weights: dict[str, float]) -> t
             sums[name] = sums.get(name, torch.zeros((), device=setup.device)) + part
         return value
 
-    tokens = accumulate(setup, step, setup.job.objective.groups(), loss)
-    sums["tokens"] = torch.tensor(float(tokens), device=setup.device)
-    # Every rank has the same names in the same order, so one small all-reduce serves them all.
-    values = torch.stack([value.double() for value in sums.values()])
-    mine = values.clone()
-    torch.distributed.all_reduce(values)
-    totals = dict(zip(sums, values.tolist(), strict=True))
-    if bad := [name for name, value in totals.items() if not abs(value) < float("inf")]:
-        every = [torch.empty_like(mine) for _ in range(setup.batcher.world)]
-        torch.distributed.all_gather(every, mine)
-        ranks = [str(rank) for rank, theirs in enumerate(every) if not torch.isfinite(theirs).all()]
-        raise TrainingError(
-            f"Loss is not finite at step {step.number + 1} ({', '.join(bad)}; on rank {', '.join(ranks) or 'none'}). "
-            "No parameter was changed by this step. Lower optimizer.lr or objective.forget.weight, or set "
-            "train.gradient_clipping."
-        )
+    tokens = accumulate(setup, step, setup.job.objective.groups(), loss, "loss")
+    totals = sum_over_ranks({**sums, "tokens": torch.tensor(float(tokens), device=setup.device)}, setup, step)
     return totals, totals.pop("tokens")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.config import Dpo, Objective
+from components.config import Objective
 from components.data.streams import draw
 from components.objectives.terms import find_term, settings
 from components.training.batches import MicroBatch
@@ -55,7 +55,7 @@ def _by_group(outputs: Outputs, batch: MicroBatch) -> dict[str, Outputs]:
 
 def groups_for(objective: Objective, terms: Mapping[str, Any]) -> tuple[str, ...]:
     """The groups whose rows are needed to compute the terms of the groups `terms`."""
-    preferring = "forget" in terms and isinstance(objective.forget, Dpo)
+    preferring = "forget" in terms and objective.prefers_responses
     return tuple(g for g in objective.groups() if g in terms or (preferring and g == "random"))
 
 

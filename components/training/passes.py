@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from components.data.streams import StepRows
+from components.errors import TrainingError
 from components.training.batches import Batcher, MicroBatch, to_device
 from components.training.engine import Outputs, backward
 from components.training.job import Job
@@ -39,16 +40,46 @@ def accumulate(
     step: Step,
     groups: tuple[str, ...],
     loss: Callable[[Outputs, MicroBatch], Tensor],
+    what: str,
     labels_key: int | None = None,
 ) -> int:
     """Forward and backward of `loss` over this rank's micro-batches of the step. Returns the input tokens.
 
     The losses of all micro-batches and ranks are to add up to the one whose gradient is wanted.
+
+    Raises:
+        TrainingError: on all ranks alike, naming `what` it was the loss of, when their sum is not finite.
     """
+    total = torch.zeros((), device=setup.device)
     batches = list(setup.batcher.micro_batches(step.rows, groups, labels_key))
     for k, batch in enumerate(batches):
         here = to_device(batch, setup.device)
         outputs = setup.engine(here.input_ids, here.positions, here.position_ids)
+        value = loss(outputs, here)
+        total += value.detach()
         # DeepSpeed averages gradients over the ranks; the losses are already divided by global counts.
-        backward(setup.engine, loss(outputs, here) * setup.batcher.world, last=k == len(batches) - 1)
+        backward(setup.engine, value * setup.batcher.world, last=k == len(batches) - 1)
+    sum_over_ranks({what: total}, setup, step)
     return sum(batch.tokens for batch in batches)
+
+
+def sum_over_ranks(sums: dict[str, Tensor], setup: Setup, step: Step) -> dict[str, float]:
+    """The numbers added up over the ranks. Every rank has the same names in the same order: one all-reduce serves all.
+
+    Raises:
+        TrainingError: on all ranks alike, naming step, numbers and ranks, when some are not finite.
+    """
+    mine = torch.stack([value.double() for value in sums.values()])
+    values = mine.clone()
+    torch.distributed.all_reduce(values)
+    totals = dict(zip(sums, values.tolist(), strict=True))
+    if bad := [name for name, value in totals.items() if not abs(value) < float("inf")]:
+        every = [torch.empty_like(mine) for _ in range(setup.batcher.world)]
+        torch.distributed.all_gather(every, mine)
+        ranks = [str(rank) for rank, theirs in enumerate(every) if not torch.isfinite(theirs).all()]
+        raise TrainingError(
+            f"Loss is not finite at step {step.number + 1} ({', '.join(bad)}; on rank {', '.join(ranks) or 'none'}). "
+            "No parameter was changed by this step. Lower optimizer.lr or objective.forget.weight, or set "
+            "train.gradient_clipping."
+        )
+    return totals

@@ -85,7 +85,7 @@ def reference_pass(
     with whole_folder(folder) as partial:
         for name, array in sequences._asdict().items():
             np.save(partial / f"{name}.npy", array)
-        about = {"what": what, "dtype": job.train.dtype, "size": hidden_size(Path(job.model))}
+        about = {"what": what, "dtype": job.train.dtype, "size": hidden_size(Path(job.model), what == "hidden")}
         (partial / "about.json").write_text(json.dumps(about))
         if what == "hidden":
             _save_head(Path(job.model), job.train.dtype, partial / "head.safetensors")

@@ -26,10 +26,10 @@ def answer_model(model: Any, job: Job) -> AnswerModel:
     ends = False
     if layer is not None:
         check_layer(model, layer)
-        if all(hasattr(term, "layer") for term in job.objective.terms().values()):
+        if all(getattr(term, "layer", None) is not None for term in job.objective.terms().values()):
             for p in parameters_above(model, layer):  # no gradient comes there; weight decay must not either
                 p.requires_grad_(False)
-            ends = not _samples_labels(job) and cut_after(model, layer)
+            ends = not _needs_logits(job) and cut_after(model, layer)
     if job.train.lora:
         add_adapters(model, job.train.lora, job.seed)
     if job.train.trainable:
@@ -64,8 +64,8 @@ def save_result(job: Job, model: Any, state: dict[str, Tensor], folder: Path) ->
     """Write the trained model as a plain Hugging Face folder.
 
     `state` holds the trained weights by name, as the engine's module `model` has them. What was cut off is the
-    original's, adapters are merged (and with `export_adapter` also written to `adapter` beside `job.output`), and
-    task-vector negation is done.
+    original's, adapters are merged (and with `export_adapter` also written to `<job.output>-adapter`), and task-vector
+    negation is done.
     """
     tokenizer = load_tokenizer(Path(job.model))
     if job.train.lora:
@@ -87,10 +87,10 @@ def negated(original: dict[str, Tensor], trained: dict[str, Tensor], scale: floa
     }
 
 
-def _samples_labels(job: Job) -> bool:
-    """Whether curvature is estimated from the model's logits."""
+def _needs_logits(job: Job) -> bool:
+    """Whether something beside the objective takes logits: labels drawn for curvature, or the mask's retain loss."""
     kind = job.optimizer
-    return isinstance(kind, Influence) or (isinstance(kind, Soul) and kind.curvature == "gnb")
+    return bool(job.mask) or isinstance(kind, Influence) or (isinstance(kind, Soul) and kind.curvature == "gnb")
 
 
 def _freeze_others(model: nn.Module, patterns: str | list[str]) -> None:
@@ -124,6 +124,6 @@ def _merged(job: Job, state: dict[str, Tensor]) -> Any:
     adapters = {name: tensor.to(own[name].dtype) for name, tensor in state.items() if "lora_" in name}
     adapted.base_model.model.load_state_dict(adapters, strict=False)
     if job.train.lora.export_adapter:
-        with whole_folder(Path(job.output).with_name("adapter")) as folder:
+        with whole_folder(Path(f"{job.output}-adapter")) as folder:
             adapted.save_pretrained(folder)
     return adapted.merge_and_unload()
