@@ -166,7 +166,7 @@ def test_a_gradient_that_is_not_finite_stops_before_any_update(
         return loss + torch.sqrt(outputs.logits.sum() * 0), parts
 
     monkeypatch.setattr("components.training.loop.combine", poisoned)
-    with pytest.raises(TrainingError, match="Gradient is not finite"):
+    with pytest.raises(TrainingError, match="Gradient of the objective at step 1 is not finite"):
         run_job(make_job("nan", TRAIN.model_copy(update={"zero_stage": stage})), tmp_path)
     assert not (tmp_path / "nan").exists()
 
