@@ -173,7 +173,8 @@ def _overlap(recipe: Recipe, facts: TokenizerFacts, place: Path) -> Overlap | No
 
 def _result_of(train: Train) -> dict[str, Any]:
     """Training settings that decide the result, not how the work is split."""
-    return train.model_dump(exclude={"workers", "cpus_per_worker", "gpus_per_worker", "log_every"})
+    split = {"workers", "cpus_per_worker", "gpus_per_worker"}
+    return train.model_dump(exclude=split | {"log_every", "checkpoint_every", "keep_checkpoints", "max_failures"})
 
 
 def base_folder(recipe: Recipe) -> Path:

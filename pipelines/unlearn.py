@@ -216,12 +216,21 @@ def _prepare(recipe: Recipe, original: Model, place: Path) -> Streams:
 
 def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, client: Any, run_id: str) -> dict[str, Any]:
     metrics = folder / "metrics.jsonl"
-    metrics.unlink(missing_ok=True)  # of a run that did not reach its end
+    checkpoints = folder / "checkpoints"
+    if not recipe.train.checkpoint_every:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    done = 0
+    if whole := sorted(checkpoints.glob("step-*[0-9]")):
+        done = int(whole[-1].name.removeprefix("step-"))
+        say(f"going on     after step {done}, from {whole[-1]}")
+    else:
+        metrics.unlink(missing_ok=True)  # of a run that did not reach its end
     for name in ("model", "model-adapter"):
         shutil.rmtree(folder / name, ignore_errors=True)
     job = Job(
         model=str(original.folder),
         output=str(folder / "model"),
+        checkpoints=str(checkpoints) if recipe.train.checkpoint_every else None,
         metrics=str(metrics),
         **{name: str(prepared.folder) for name, prepared in streams.sets().items()},
         normal_without=str(streams.without) if streams.without else None,
@@ -241,12 +250,13 @@ def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, clie
     where = f"{recipe.train.workers} Ray workers" if recipe.train.workers else "this process"
     say(f"unlearning   {parameter_count(original.folder):,} parameters, ZeRO-{recipe.train.zero_stage}, {where}")
     with (
-        follow(metrics, Progress(recipe.train.log_every)),
+        follow(metrics, Progress(recipe.train.log_every), after=done),
         follow(metrics, lambda lines: log_lines(client, run_id, lines), interval=2.0) as unsent,
     ):
-        outcome = run_job(job, folder)
+        outcome = run_job(job, folder, say)
     if unsent:
         say(f"MLflow       metrics were not all sent: {unsent[0]}. They are whole in {metrics}")
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return outcome
 
 

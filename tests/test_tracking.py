@@ -7,6 +7,7 @@ import pytest
 
 from components.config import Gate
 from components.errors import TrackingError
+from components.files import write_whole
 from components.load_config import load_recipe
 from components.tracking import registry
 from components.tracking.follow import follow
@@ -36,12 +37,27 @@ def test_follow_hands_over_every_whole_line_once(tmp_path: Path) -> None:
     with follow(file, seen.extend, interval=0.01) as failures:
         for i in range(20):
             with file.open("a") as stream:
-                stream.write(f'{{"i": {i}')
+                stream.write(f'{{"step": {i + 1}')
                 stream.flush()
                 time.sleep(0.01)  # the reader meets half a line
                 stream.write("}\n")
-    assert [line["i"] for line in seen] == list(range(20))
+    assert [line["step"] for line in seen] == list(range(1, 21))
     assert not failures
+
+
+def test_follow_hands_over_steps_done_again_once(tmp_path: Path) -> None:
+    """A run that goes on from a checkpoint replaces the file by a shorter one."""
+    file, seen = tmp_path / "m.jsonl", []
+    lines = [json.dumps({"step": i}) + "\n" for i in range(1, 13)]
+    with follow(file, seen.extend, interval=0.01, after=2):
+        file.write_text("".join(lines[:8]))
+        time.sleep(0.1)
+        write_whole(file, "".join(lines[:5]))
+        for line in lines[5:]:
+            with file.open("a") as stream:
+                stream.write(line)
+            time.sleep(0.005)
+    assert [line["step"] for line in seen] == list(range(3, 13))
 
 
 def test_a_failing_follower_stops_nothing(tmp_path: Path) -> None:
@@ -53,7 +69,7 @@ def test_a_failing_follower_stops_nothing(tmp_path: Path) -> None:
 
     with follow(file, broken, interval=0.01) as failures:
         for i in range(5):
-            file.open("a").write(json.dumps({"i": i}) + "\n")
+            file.open("a").write(json.dumps({"step": i + 1}) + "\n")
             time.sleep(0.03)
     assert len(calls) == 1
     assert [str(failure) for failure in failures] == ["no server"]

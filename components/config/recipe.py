@@ -132,7 +132,8 @@ def _pair_problems(where: str, optimizer: Any, train: Train) -> Iterator[str]:
 
 
 # Settings that say where or how visibly a job runs, but cannot change its result.
-_NOT_PART_OF_THE_RESULT: Any = {"storage": True, "if_exists": True, "tracking": True, "train": {"log_every"}}
+_SPARE = {"log_every", "checkpoint_every", "keep_checkpoints", "max_failures"}
+_NOT_PART_OF_THE_RESULT: Any = {"storage": True, "if_exists": True, "tracking": True, "train": _SPARE}
 
 
 def config_hash(recipe: Recipe) -> str:

@@ -215,6 +215,11 @@ class Train(Section):
     gradient_cosine_every: int | None = Field(None, ge=1)
     """Measure the angle between the forget and the normal term's gradient every so many steps, at the cost of a pass
     for each."""
+    checkpoint_every: int | None = Field(None, ge=1)
+    """Steps between two checkpoints, from which the same command goes on after a stop; left out, there are none."""
+    keep_checkpoints: int = Field(2, ge=1)
+    max_failures: int = Field(3, ge=0)
+    """How often dead workers are replaced, each time from the newest checkpoint or from the start."""
     log_every: int = Field(1, ge=1)
     """Steps between two progress lines; metrics.jsonl and MLflow get every step."""
 

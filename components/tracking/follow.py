@@ -1,18 +1,23 @@
 """Follow a metrics.jsonl while it grows: training writes to a file and never waits for whoever reads it."""
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Lines = list[dict[str, Any]]
 
 
 @contextmanager
-def follow(file: Path, consume: Callable[[Lines], None], interval: float = 0.5) -> Iterator[list[Exception]]:
-    """Hand new whole lines to `consume` in a thread, the rest on leaving.
+def follow(
+    file: Path, consume: Callable[[Lines], None], interval: float = 0.5, after: int = 0
+) -> Iterator[list[Exception]]:
+    """Hand new whole lines to `consume` in a thread, the rest on leaving: each step once, from step `after` + 1 on.
+
+    A run that goes on from a checkpoint puts a shorter file in place of the old one and does some steps again.
 
     Yields the list of exceptions that `consume` raised; after one it is not called again, and the block goes on.
     """
@@ -20,10 +25,12 @@ def follow(file: Path, consume: Callable[[Lines], None], interval: float = 0.5) 
     done = threading.Event()
 
     def run() -> None:
-        offset = 0
+        place, step = _Place(0, 0), after
         while True:
             last = done.is_set()
-            offset, lines = _new_lines(file, offset)
+            place, lines = _new_lines(file, place)
+            lines = [line for line in lines if line["step"] > step]
+            step = max([step, *(line["step"] for line in lines)])
             if lines and not failures:
                 try:
                     consume(lines)
@@ -42,11 +49,19 @@ def follow(file: Path, consume: Callable[[Lines], None], interval: float = 0.5) 
         thread.join()
 
 
-def _new_lines(file: Path, offset: int) -> tuple[int, Lines]:
+class _Place(NamedTuple):
+    file: int
+    """Its inode."""
+    offset: int
+
+
+def _new_lines(file: Path, place: _Place) -> tuple[_Place, Lines]:
     if not file.exists():
-        return offset, []
+        return place, []
     with file.open("rb") as stream:
+        inode = os.fstat(stream.fileno()).st_ino
+        offset = place.offset if inode == place.file else 0
         stream.seek(offset)
         content = stream.read()
     whole = content[: content.rfind(b"\n") + 1]  # a line that is still being written is left for later
-    return offset + len(whole), [json.loads(line) for line in whole.splitlines()]
+    return _Place(inode, offset + len(whole)), [json.loads(line) for line in whole.splitlines()]

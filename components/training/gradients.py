@@ -55,24 +55,38 @@ def measure(setup: Setup, step: Step, groups: Sequence[str]) -> tuple[dict[str, 
     return norms, float(totals[-1]) / product if pair and product else None
 
 
-def apply_mask(setup: Setup, mask: Wagle, steps: Sequence[Step]) -> float:
-    """Let only the weights move that WAGLE's score chooses; returns the share of those that may.
+def choose_mask(setup: Setup, mask: Wagle, steps: Sequence[Step]) -> list[Tensor]:
+    """Which numbers of each of the `optimizer_parameters` may move by WAGLE's score.
 
     score = |(θ − ∇L_normal/γ) ⊙ ∇L_forget| at the original (2410.17509, eq. 11), with the objective's forget term and
-    the next-token loss on normal rows: a weight counts when forgetting depends on it and keeping does not. The mask
-    lies on ZeRO's flat pieces. Held weights keep their value bit by bit, whatever the optimizer and its decay do.
+    the next-token loss on normal rows: a weight counts when forgetting depends on it and keeping does not.
+
+    Raises:
+        TrainingError: when none may.
     """
     keeping = Objective(normal=Nll(type="nll"))
     forget = term_gradients(setup, steps, setup.job.objective, {"forget": 1.0})
     normal = term_gradients(setup, steps, keeping, {"normal": 1.0})
-    parameters = optimizer_parameters(setup.engine)
     scores = [
         ((p.data - g_normal / mask.gamma) * g_forget).abs()
-        for p, g_normal, g_forget in zip(parameters, normal, forget, strict=True)
+        for p, g_normal, g_forget in zip(optimizer_parameters(setup.engine), normal, forget, strict=True)
     ]
     total = sum(_true_size(p) for p in setup.engine.module.parameters() if p.requires_grad)
     bound = _kth_largest(scores, round(mask.keep * total), setup)
-    free = {id(p): (score >= bound) & (score > 0) for p, score in zip(parameters, scores, strict=True)}
+    free = [(score >= bound) & (score > 0) for score in scores]
+    if not _count(setup, free, lambda mine: mine):
+        raise TrainingError(
+            "No weight may move: the gradient of the forget term is 0 everywhere at the original. Expected a term that "
+            "has one there. Take another objective.forget, or leave mask out."
+        )
+    return free
+
+
+def hold(setup: Setup) -> None:
+    """Keep the weights that the masks do not name at their present value, bit by bit, whatever the optimizer does."""
+    assert setup.masks is not None
+    parameters = optimizer_parameters(setup.engine)
+    free = {id(p): mask for p, mask in zip(parameters, setup.masks, strict=True)}
     decays = any(group.get("weight_decay") for group in setup.optimizer.param_groups)
     held = {id(p): p.data[~free[id(p)]].clone() for p in parameters if decays}
 
@@ -84,16 +98,9 @@ def apply_mask(setup: Setup, mask: Wagle, steps: Sequence[Step]) -> float:
         for p in _with_gradient(optimizer):
             p.data[~free[id(p)]] = held[id(p)]
 
-    share = _count(setup, list(free.values()), lambda mine: mine) / total
-    if not share:
-        raise TrainingError(
-            "No weight may move: the gradient of the forget term is 0 everywhere at the original. Expected a term that "
-            "has one there. Take another objective.forget, or leave mask out."
-        )
     setup.optimizer.register_step_pre_hook(before)
     if decays:  # without a gradient nothing but weight decay moves a weight
         setup.optimizer.register_step_post_hook(after)
-    return share
 
 
 def _with_gradient(optimizer: torch.optim.Optimizer) -> list[Any]:

@@ -19,6 +19,8 @@ class Job(Section):
     """Folder to write the trained model to."""
     metrics: str
     """File to which rank 0 appends one JSON line a step."""
+    checkpoints: str | None = None
+    """Folder for checkpoints, of which the newest whole one is gone on from; None for neither."""
     forget: str | None = None
     """Folders of prepared rows; None when no term uses them."""
     normal: str | None = None

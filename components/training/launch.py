@@ -1,25 +1,48 @@
 """Start a training job: in this process (`workers: 0`) or on Ray Train workers."""
 
 import gc
+import itertools
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 from components.batch_inference import hide_gpus
-from components.errors import ClusterError, TrainingError, UnlearnError, own_error
+from components.errors import ClusterError, TrainingError, own_error
 from components.training.job import Job
 
 
-def run_job(job: Job, scratch: Path) -> dict[str, Any]:
+def run_job(job: Job, scratch: Path, tell: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Run `job` to its end and return what rank 0's loop returned. `scratch` is for Ray Train's own files.
+
+    Workers that die are replaced up to `train.max_failures` times, which `tell` gets a line about; the new ones go on
+    from the newest checkpoint.
 
     Raises:
         ClusterError: when the cluster is smaller than asked for.
-        TrainingError, DataError, ModelError: as the loop raised it, or when a worker died.
+        TrainingError, DataError, ModelError: as the loop raised it, or when workers died too often.
     """
-    return _run_here(job) if job.train.workers == 0 else _run_on_ray(job, scratch)
+    if job.train.workers == 0:
+        return _run_here(job)
+    for attempt in itertools.count(1):
+        try:
+            return _run_on_ray(job, scratch)
+        except WorkersDied as died:
+            if attempt > job.train.max_failures:
+                raise died.told from died
+            if tell:
+                tell(f"{died.told} Attempt {attempt + 1} of {job.train.max_failures + 1}")
+    raise AssertionError
+
+
+class WorkersDied(Exception):
+    """Workers ended without an error of ours."""
+
+    def __init__(self, told: TrainingError):
+        super().__init__(str(told))
+        self.told = told
 
 
 def _run_here(job: Job) -> dict[str, Any]:
@@ -105,14 +128,16 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     return train_loop(job, context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
 
-def _worker_error(error: Any) -> UnlearnError:
+def _worker_error(error: Any) -> Exception:
     """Our own error out of Ray's collection of one exception per rank."""
     failures = list(getattr(error, "worker_failures", {}).values())
     for failure in failures:
         if own := own_error(failure):
             return own
     first = str(failures[0] if failures else error).strip().splitlines()
-    return TrainingError(
-        f"A training worker failed: {first[-1] if first else type(error).__name__}. Run again with --debug for its "
-        "traceback, or with train.workers=0 to see it in this process."
+    return WorkersDied(
+        TrainingError(
+            f"A training worker failed: {first[-1] if first else type(error).__name__}. Run again with --debug for its "
+            "traceback, or with train.workers=0 to see it in this process."
+        )
     )

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.config import Influence, Objective, Soul, Wagle
-from components.files import whole_folder
+from components.config import Influence, Objective, Soul
+from components.files import whole_folder, write_whole
 from components.models import check_packing, hidden_size, load_model, quiet_libraries
 from components.objectives.weights import balance_due, balanced, dual_step, first_learnt, weights_at
 from components.optimizers.choose import learning_rate, make_optimizer
 from components.optimizers.soul import refresh_due
 from components.training.batches import Batcher, MicroBatch
+from components.training.checkpoint import Course, Saving, clear_partial, load, newest
 from components.training.curvature import refresh_curvature
-from components.training.engine import Outputs, consolidated_state, optimizer_step, start_engine
-from components.training.gradients import apply_mask, measure
+from components.training.engine import Outputs, consolidated_state, optimizer_parameters, optimizer_step, start_engine
+from components.training.gradients import choose_mask, hold, measure
 from components.training.job import Job, make_plan, open_sets, total_steps
 from components.training.losses import combine, steering_direction
 from components.training.passes import Setup, Step, accumulate, sum_over_ranks
@@ -38,12 +39,13 @@ def train_loop(job: Job, rank: int, world: int, device: torch.device) -> dict[st
     quiet_libraries()
     before = _memory_at_start(device)
     setup, steps = set_up(job, rank, world, device)
+    setup, course = _resumed(setup, steps)
+    saving = Saving(setup, Path(job.checkpoints), job.train.keep_checkpoints) if job.checkpoints else None
     objective, plan, optimizer = job.objective, setup.batcher.plan, setup.optimizer
-    learnt = first_learnt(objective)
-    since_refresh = clip_fraction = None
+    learnt, since_refresh, clip_fraction = course.learnt, course.since_refresh, course.clip_fraction
     started = time.perf_counter()
 
-    for number in range(steps):
+    for number in range(course.step, steps):
         step_started = time.perf_counter()
         step = step_of(setup, number)
         weights = weights_at(objective, number, steps, plan.steps_per_epoch, learnt)
@@ -89,7 +91,11 @@ def train_loop(job: Job, rank: int, world: int, device: torch.device) -> dict[st
             }
             with open(job.metrics, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
+        if saving and job.train.checkpoint_every and (number + 1) % job.train.checkpoint_every == 0:
+            saving.save(Course(number + 1, learnt, since_refresh, clip_fraction))
 
+    if saving:
+        saving.finish()
     seconds = time.perf_counter() - started
     state = consolidated_state(setup.engine)
     if rank == 0 and state is not None:
@@ -108,7 +114,7 @@ def make_batcher(job: Job, rank: int, world: int, device: torch.device) -> Batch
 
 
 def set_up(job: Job, rank: int, world: int, device: torch.device) -> tuple[Setup, int]:
-    """(this rank's part of the job, its number of steps): rows open, model in the engine, mask laid on."""
+    """(this rank's part of the job, its number of steps): rows open, model in the engine."""
     batcher = make_batcher(job, rank, world, device)
     steps = total_steps(job, batcher.plan)
     model = load_model(Path(job.model)).to(device)
@@ -120,10 +126,35 @@ def set_up(job: Job, rank: int, world: int, device: torch.device) -> tuple[Setup
     direction = None
     if job.objective.layer is not None:
         direction = steering_direction(job.seed, hidden_size(Path(job.model), last=False)).to(device)
-    setup = Setup(job, batcher, optimizer, engine, device, direction)
-    if isinstance(job.mask, Wagle):
-        apply_mask(setup, job.mask, [step_of(setup, number) for number in range(min(job.mask.batches, steps))])
-    return setup, steps
+    return Setup(job, batcher, optimizer, engine, device, direction), steps
+
+
+def _resumed(setup: Setup, steps: int) -> tuple[Setup, Course]:
+    """The setup with its masks, at the newest whole checkpoint or at the start."""
+    job, rank = setup.job, setup.batcher.rank
+    found: list[str | None] = [None]
+    if job.checkpoints and rank == 0:
+        clear_partial(Path(job.checkpoints))
+        found = [str(checkpoint) if (checkpoint := newest(Path(job.checkpoints))) else None]
+    torch.distributed.broadcast_object_list(found, device=setup.device)
+    if found[0] is None and job.mask:
+        first = [step_of(setup, number) for number in range(min(job.mask.batches, steps))]
+        setup = setup._replace(masks=choose_mask(setup, job.mask, first))
+    elif job.mask:
+        setup = setup._replace(
+            masks=[torch.zeros_like(p, dtype=torch.bool) for p in optimizer_parameters(setup.engine)]
+        )
+    course = load(setup, Path(found[0])) if found[0] else Course(0, first_learnt(job.objective), None, None)
+    if setup.masks is not None:
+        hold(setup)
+    if rank == 0:  # what was done after the checkpoint is done again
+        _keep_lines(Path(job.metrics), course.step)
+    return setup, course
+
+
+def _keep_lines(metrics: Path, steps: int) -> None:
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
+    write_whole(metrics, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps))
 
 
 def step_of(setup: Setup, number: int) -> Step:
@@ -148,7 +179,7 @@ def objective_backward(setup: Setup, step: Step, weights: dict[str, float]) -> t
             sums[name] = sums.get(name, torch.zeros((), device=setup.device)) + part
         return value
 
-    tokens = accumulate(setup, step, setup.job.objective.groups(), loss, "loss")
+    tokens = accumulate(setup, step, setup.job.objective.groups(), loss, what=None)
     totals = sum_over_ranks({**sums, "tokens": torch.tensor(float(tokens), device=setup.device)}, setup, step)
     return totals, totals.pop("tokens")
 

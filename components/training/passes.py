@@ -23,6 +23,8 @@ class Setup(NamedTuple):
     device: torch.device
     direction: Tensor | None
     """RMU's steering direction."""
+    masks: list[Tensor] | None = None
+    """For each of the engine's `optimizer_parameters`, which of its numbers may move; None where all may."""
 
 
 class Step(NamedTuple):
@@ -40,7 +42,7 @@ def accumulate(
     step: Step,
     groups: tuple[str, ...],
     loss: Callable[[Outputs, MicroBatch], Tensor],
-    what: str,
+    what: str | None,
     labels_key: int | None = None,
 ) -> int:
     """Forward and backward of `loss` over this rank's micro-batches of the step. Returns the input tokens.
@@ -48,7 +50,8 @@ def accumulate(
     The losses of all micro-batches and ranks are to add up to the one whose gradient is wanted.
 
     Raises:
-        TrainingError: on all ranks alike, naming `what` it was the loss of, when their sum is not finite.
+        TrainingError: on all ranks alike, naming `what` it was the loss of, when their sum is not finite; with None
+            that is left to the caller.
     """
     total = torch.zeros((), device=setup.device)
     batches = list(setup.batcher.micro_batches(step.rows, groups, labels_key))
@@ -59,7 +62,8 @@ def accumulate(
         total += value.detach()
         # DeepSpeed averages gradients over the ranks; the losses are already divided by global counts.
         backward(setup.engine, value * setup.batcher.world, last=k == len(batches) - 1)
-    sum_over_ranks({what: total}, setup, step)
+    if what:
+        sum_over_ranks({what: total}, setup, step)
     return sum(batch.tokens for batch in batches)
 
 
