@@ -24,7 +24,7 @@ PASSES = 500
 def test_gnb_of_a_softmax_is_the_gauss_newton_diagonal_in_expectation() -> None:
     """Linear softmax: the exact diagonal for weight (v, d) is the mean over tokens of p_v (1 − p_v) x_d²."""
     rng = np.random.default_rng(0)
-    w, x = torch.randn(5, 3, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64)
+    w, x = (torch.from_numpy(rng.standard_normal(shape)) for shape in ((5, 3), (8, 3)))
     p = torch.softmax(x @ w.T, -1)
     exact = torch.einsum("nv,nd->vd", p * (1 - p), x**2) / 8
     draws = 40_000
