@@ -30,11 +30,15 @@ def check_layer(model: Any, layer: int) -> None:
     Raises:
         ModelError: naming how many it has.
     """
-    count = len(decoder_layers(model))
-    if layer >= count:
-        raise ModelError(
-            f"Model has no such layer (layer={layer}, layers={count}). Expected 0 to {count - 1}. Set the term's layer."
-        )
+    if problem := no_such_layer(layer, len(decoder_layers(model))):
+        raise ModelError(problem)
+
+
+def no_such_layer(layer: int, count: int) -> str | None:
+    """What to tell where a model of `count` layers has no `layer`; else None."""
+    if layer < count:
+        return None
+    return f"Model has no such layer (layer={layer}, layers={count}). Expected 0 to {count - 1}. Set the term's layer."
 
 
 class Watch:
@@ -72,12 +76,8 @@ def cut_after(model: Any, layer: int) -> bool:
     What is left computes exactly what the whole model computes there: this is tried on a few tokens.
     """
     stack = decoder_layers(model)
-    owner, name = next(
-        (module, name)
-        for module in model.base_model.modules()
-        for name, child in module.named_children()
-        if child is stack
-    )
+    owner = _owner(model, stack)
+    name = next(name for name, child in owner.named_children() if child is stack)
     norms = _norms(model)
     probe = torch.tensor([[0, 1, 2, 3]], device=next(model.parameters()).device)
     with torch.no_grad():
@@ -96,12 +96,14 @@ def cut_after(model: Any, layer: int) -> bool:
     return False
 
 
+def _owner(model: Any, stack: nn.ModuleList) -> nn.Module:
+    return next(module for module in model.base_model.modules() if any(child is stack for child in module.children()))
+
+
 def _norms(model: Any) -> dict[str, nn.Module]:
     """Norms behind the last layer: they stand beside the stack of layers."""
-    stack = decoder_layers(model)
-    owner = next(module for module in model.base_model.modules() if stack in module.children())
     return {
         name: child
-        for name, child in owner.named_children()
+        for name, child in _owner(model, decoder_layers(model)).named_children()
         if ("norm" in name or name.startswith("ln_")) and "emb" not in name
     }

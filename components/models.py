@@ -144,17 +144,19 @@ def context_length(folder: Path) -> int | None:
 
 def hidden_size(folder: Path, last: bool) -> int:
     """Width of a decoder layer's output, or of the `last` hidden states that the output layer takes."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    config = _text_config(folder)
     return int(getattr(config, "word_embed_proj_dim", config.hidden_size) if last else config.hidden_size)
 
 
 def layer_count(folder: Path) -> int:
     """Decoder layers that the config names."""
+    return int(_text_config(folder).num_hidden_layers)
+
+
+def _text_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    return int(AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().num_hidden_layers)
+    return AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
 
 
 def load_model(folder: Path, dtype: str = "fp32") -> Any:

@@ -47,25 +47,39 @@ def run_cli(
     if shows_rows:
         parser.add_argument("--show", type=int, default=2, metavar="N", help="rows of each set to show (default 2)")
     options = parser.parse_intermixed_args(argv)
-    try:
-        command = _parse(options.arguments, takes_models)._replace(show=getattr(options, "show", 0))
+
+    def act() -> None:
+        command = parse_arguments(options.arguments, takes_models)._replace(show=getattr(options, "show", 0))
         if options.dry_run:
             print(json.dumps(command.recipe.model_dump(mode="json"), indent=2, ensure_ascii=False))
             print(plan(command))
         else:
             run(command)
+
+    return exit_code(act, options.debug)
+
+
+def exit_code(act: Callable[[], None], debug: bool) -> int:
+    """Do it; an error becomes one paragraph and 1, a wrong command or recipe 2, Ctrl-C 130."""
+    try:
+        act()
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         return 130
     except Exception as error:
-        if options.debug:
+        if debug:
             raise
         print(_paragraph(error), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 
-def _parse(arguments: Sequence[str], takes_models: bool) -> Command:
+def parse_arguments(arguments: Sequence[str], takes_models: bool = False) -> Command:
+    """Recipes, overrides and, where they are taken, model folders → a command.
+
+    Raises:
+        ConfigError: naming every mistake in the recipe, or the arguments that are none of these.
+    """
     files = [a for a in arguments if a.endswith((".yaml", ".yml")) and "=" not in a]
     overrides = [a for a in arguments if "=" in a]
     models = [a for a in arguments if a not in files and a not in overrides]

@@ -21,10 +21,9 @@ from pydantic import Field, ValidationError
 
 from components.config import Recipe, Section
 from components.console import number, table
-from components.errors import ConfigError, TrainingError, UnlearnError
+from components.errors import ConfigError, TrainingError
 from components.files import write_whole
-from components.load_config import load_recipe
-from pipelines.cli import say
+from pipelines.cli import exit_code, parse_arguments, say
 from pipelines.finetune import inputs_digest
 from pipelines.unlearn import run_folder
 
@@ -69,29 +68,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("settings", nargs="*", metavar="section.field=value", help="for all runs; later ones win")
     parser.add_argument("--into", type=Path, metavar="FILE.md", help="Markdown file that holds the table")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, then stop")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_intermixed_args(argv)
-    try:
-        cells = cells_of(options.comparison, options.settings)
-        if options.into and (not options.into.is_file() or options.into.read_text().count(_MARK) != 2):
-            raise ConfigError(f"{options.into} is no file with two lines {_MARK}, between which the table would stand.")
-        recipes = [_recipe(cell) for cell in cells]  # all mistakes before the first run
-        if options.dry_run:
-            print("\n".join(" ".join(["python pipelines/unlearn.py", *cell.arguments]) for cell in cells))
-            return 0
-        results = [
-            _result(cell, recipe, i, len(cells)) for i, (cell, recipe) in enumerate(zip(cells, recipes, strict=True))
-        ]
-    except UnlearnError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        print("\nStopped. What is finished will be found again.", file=sys.stderr)
-        return 130
+    return exit_code(lambda: _compare(options), options.debug)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    cells = cells_of(options.comparison, options.settings)
+    if options.into and (not options.into.is_file() or options.into.read_text().count(_MARK) != 2):
+        raise ConfigError(f"{options.into} is no file with two lines {_MARK}, between which the table would stand.")
+    recipes = [parse_arguments(cell.arguments).recipe for cell in cells]  # all mistakes before the first run
+    if options.dry_run:
+        print("\n".join(" ".join(["python pipelines/unlearn.py", *cell.arguments]) for cell in cells))
+        return
+    results = []
+    for i, (cell, recipe) in enumerate(zip(cells, recipes, strict=True)):
+        say(f"[{i + 1}/{len(cells)}] {cell.row} with {cell.column}")
+        results.append(_result(cell, recipe))
     say("\n" + table(HEADER, results))
     if options.into:
         before, _, after = options.into.read_text().split(_MARK)
         write_whole(options.into, f"{before}{_MARK}\n{_markdown(HEADER, results)}\n{_MARK}{after}")
-    return 0
 
 
 def cells_of(file: Path, settings: Sequence[str]) -> list[Cell]:
@@ -126,14 +123,8 @@ HEADER = (
 )  # fmt: skip
 
 
-def _recipe(cell: Cell) -> Recipe:
-    files = [argument for argument in cell.arguments if "=" not in argument]
-    return load_recipe(files, [argument for argument in cell.arguments if "=" in argument])
-
-
-def _result(cell: Cell, recipe: Recipe, place: int, count: int) -> list[str]:
+def _result(cell: Cell, recipe: Recipe) -> list[str]:
     """A line of the table; the run is made when it is not there."""
-    say(f"[{place + 1}/{count}] {cell.row} with {cell.column}")
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("unlearn.py")), *cell.arguments], capture_output=True, text=True
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from components.config import (
+    NOT_PART_OF_TRAINING,
     Custom,
     Files,
     HuggingFace,
@@ -173,8 +174,7 @@ def _overlap(recipe: Recipe, facts: TokenizerFacts, place: Path) -> Overlap | No
 
 def _result_of(train: Train) -> dict[str, Any]:
     """Training settings that decide the result, not how the work is split."""
-    split = {"workers", "cpus_per_worker", "gpus_per_worker"}
-    return train.model_dump(exclude=split | {"log_every", "checkpoint_every", "keep_checkpoints", "max_failures"})
+    return train.model_dump(exclude=NOT_PART_OF_TRAINING | {"workers", "cpus_per_worker", "gpus_per_worker"})
 
 
 def base_folder(recipe: Recipe) -> Path:
@@ -204,15 +204,14 @@ def check_inputs(recipe: Recipe) -> None:
 
 def _check_objective(recipe: Recipe) -> None:
     """Refuse a term that cannot be had, or a layer that the model has not, before anything is trained."""
-    from components.objectives.terms import find_term  # imports torch
+    from components.layers import no_such_layer  # these import torch
+    from components.objectives.terms import find_term
 
     for term in recipe.objective.terms().values():
         find_term(term)
     layer, count = recipe.objective.layer, _layers(recipe)
-    if layer is not None and count is not None and layer >= count:
-        raise ConfigError(
-            f"Model has no such layer (layer={layer}, layers={count}). Expected 0 to {count - 1}. Set the term's layer."
-        )
+    if layer is not None and count is not None and (problem := no_such_layer(layer, count)):
+        raise ConfigError(problem)
 
 
 def _layers(recipe: Recipe) -> int | None:

@@ -109,14 +109,14 @@ def _check_that_responses_fit(forget: Prepared, pool: Prepared, max_tokens: int)
 
 def _check_that_rows_belong_together(forget: Prepared, pool: Prepared) -> None:
     own, other = PreparedRows(forget.folder).lines(), PreparedRows(pool.folder).lines()
-    if len(own) != len(other) or (own != other).any():
-        both = min(len(own), len(other))
-        first = int(np.argmax(own[:both] != other[:both])) if (own[:both] != other[:both]).any() else both
+    both = min(len(own), len(other))
+    differing = np.flatnonzero(own[:both] != other[:both])
+    if len(differing) or len(own) != len(other):
+        first = int(differing[0]) if len(differing) else both
         raise DataError(
             f"Rows of random do not belong to those of forget one by one (forget={len(own)}, random={len(other)}, "
             f"first difference at row {first + 1}). Expected the same records in the same order, none set aside in "
-            "only one. "
-            "Name the same sources with another answer column, or set data.responses=drawn."
+            "only one. Name the same sources with another answer column, or set data.responses=drawn."
         )
 
 

@@ -220,9 +220,9 @@ def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, clie
     if not recipe.train.checkpoint_every:
         shutil.rmtree(checkpoints, ignore_errors=True)
     done = 0
-    if whole := sorted(checkpoints.glob("step-*[0-9]")):
-        done = int(whole[-1].name.removeprefix("step-"))
-        say(f"going on     after step {done}, from {whole[-1]}")
+    if start := _newest_checkpoint(checkpoints):
+        done = int(start.name.removeprefix("step-"))
+        say(f"going on     after step {done}, from {start}")
     else:
         metrics.unlink(missing_ok=True)  # of a run that did not reach its end
     for name in ("model", "model-adapter"):
@@ -258,6 +258,12 @@ def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, clie
         say(f"MLflow       metrics were not all sent: {unsent[0]}. They are whole in {metrics}")
     shutil.rmtree(checkpoints, ignore_errors=True)
     return outcome
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    from components.training.checkpoint import newest  # imports torch
+
+    return newest(folder)
 
 
 def _headline(name: str, metrics: dict[str, float]) -> str:

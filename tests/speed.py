@@ -6,7 +6,6 @@ The two optimizers take turns in the same run, so that what else the machine doe
 """
 
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ from components.training.engine import optimizer_step
 from components.training.job import Job
 from components.training.loop import objective_backward, set_up, step_of
 from components.training.reference import reference_pass
+from tests.training import join
 
 RANKS, ROUNDS, INTERVAL = 2, 15, 10
 ROWS, PROMPT, ANSWER, VOCABULARY = 48, 64, 64, 4096
@@ -66,14 +66,11 @@ def make_job(folder: Path, stage: int) -> Job:
 
 def measure(rank: int, folder: str) -> None:
     """One of the two processes; rank 0 writes the median seconds of each part."""
-    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_SIZE": str(RANKS)}
-    torch.set_num_threads(1)
     quiet_libraries()
-    store = torch.distributed.FileStore(f"{folder}/store", RANKS)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    join(rank, folder, RANKS)
     found = {}
     for stage in (0, 3):
-        job = make_job_from(folder, stage)
+        job = Job.model_validate_json(Path(folder, f"job-{stage}.json").read_text())
         adamw = job.model_copy(update={"optimizer": AdamW(type="adamw")})
         ready = {name: set_up(j, rank, RANKS, torch.device("cpu"))[0] for name, j in (("soul", job), ("adamw", adamw))}
         seconds: dict[str, list[float]] = {"adamw": [], "soul": [], "refresh": []}
@@ -99,10 +96,6 @@ def measure(rank: int, folder: str) -> None:
 
 
 WEIGHTS = {"forget": 0.1, "random": 1.0, "normal": 1.0}
-
-
-def make_job_from(folder: str, stage: int) -> Job:
-    return Job.model_validate_json(Path(folder, f"job-{stage}.json").read_text())
 
 
 def main() -> None:

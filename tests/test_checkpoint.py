@@ -23,8 +23,7 @@ from components.training import loop
 from components.training.checkpoint import newest
 from components.training.job import Job
 from components.training.launch import run_job
-from tests.test_matrix import join
-from tests.training import SOUL, TRAIN, distance, lines, run, weights
+from tests.training import SOUL, TRAIN, distance, join, lines, run, weights
 
 DUAL = {"type": "dual", "bound": 0.2, "rate": 3.0, "start": 1.0}
 GRAD_DIFF = {"forget": {"type": "gradient_ascent", "weight": 0.3}, "normal": {"type": "nll"}}
@@ -191,7 +190,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(make_job: Any, tmp_path
 
 
 def kill_a_worker_at(metrics: Path, step: int, done: threading.Event) -> None:
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
+    while steps_done(metrics) < step:
         time.sleep(0.02)
     workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
     workers[-1].send_signal(signal.SIGKILL)
@@ -217,22 +216,22 @@ def test_a_killed_process_goes_on_where_its_checkpoints_end(make_job: Any, tmp_p
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
         goal = reached + 3 + kills % 3
-        while process.poll() is None and steps_done(job) < goal:
+        while process.poll() is None and steps_done(Path(job.metrics)) < goal:
             time.sleep(0.005)
         time.sleep(0.01 * (kills % 4))
         if process.poll() is None and kills < 6:
             process.kill()
             kills += 1
         assert process.wait() in (0, -signal.SIGKILL)
-        reached = steps_done(job)
+        reached = steps_done(Path(job.metrics))
     assert kills == 6
     found = weights(job)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert [json.loads(line)["step"] for line in Path(job.metrics).read_text().splitlines()] == list(range(1, 41))
 
 
-def steps_done(job: Job) -> int:
+def steps_done(metrics: Path) -> int:
     try:
-        return len(Path(job.metrics).read_text().splitlines())
+        return len(metrics.read_text().splitlines())
     except OSError:
         return 0

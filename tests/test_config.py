@@ -8,6 +8,8 @@ import yaml
 from components.config import AdamW, Data, Soul, config_hash, run_name
 from components.errors import ConfigError
 from components.load_config import load_recipe, merge, parse_override
+from pipelines.compare import cells_of
+from pipelines.compare import main as compare
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "pipelines" / "recipes" / "demo.yaml"
@@ -213,3 +215,24 @@ def test_every_method_is_a_recipe_on_top_of_another(method: Path) -> None:
     assert {g: term.type for g, term in recipe.objective.terms().items()} == {
         g: written[g]["type"] for g in ("forget", "random", "normal") if written[g]
     }
+
+
+@pytest.mark.parametrize("file", sorted((DEMO.parent / "comparisons").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_run_of_a_comparison_is_a_recipe(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    methods = {path.stem for path in (DEMO.parent / "methods").glob("*.yaml")}
+    assert {cell.row for cell in cells_of(file, [])} == methods
+    assert compare([str(file), "--dry-run", "train.steps=3"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 44
+    assert all(line.startswith("python pipelines/unlearn.py ") and line.endswith(" train.steps=3") for line in printed)
+    assert compare([str(file), "--dry-run", "train.stepps=3"]) == 2
+    assert "Did you mean steps?" in capsys.readouterr().err
+
+
+def test_a_comparison_that_cannot_be_made_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text("recipes: [demo.yaml]\ncolumns: {SOUL: []}\nrows: {npo: {columns: {AdamW: []}}}\n")
+    assert compare([str(file)]) == 2
+    assert "rows name columns ['AdamW'], which are not among ['SOUL']" in capsys.readouterr().err
+    assert compare([str(DEMO.parent / "comparisons" / "demo.yaml"), "--into", str(file)]) == 2
+    assert "between which the table would stand" in capsys.readouterr().err

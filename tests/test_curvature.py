@@ -47,8 +47,6 @@ def setup(make_job: Any) -> Any:
             objective=Objective(normal=Nll(type="nll")), forget=None, random=None,
             optimizer=Soul.model_validate({"type": "soul", "betas": [0.9, 0.0], **optimizer}),
         )  # fmt: skip
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         ready, _ = set_up(job, 0, 1, torch.device("cpu"))
         return ready, step_of(ready, 0)
 

@@ -1,7 +1,6 @@
 """SOUL under DeepSpeed against the same training written plainly in one process, in fp32 and in bf16."""
 
 import itertools
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from components.training.batches import Batcher
 from components.training.curvature import sample_labels
 from components.training.job import Job
 from components.training.loop import make_batcher, train_loop
-from tests.training import TRAIN, distance, plain_loop, run, weights
+from tests.training import TRAIN, distance, join, plain_loop, run, weights
 
 STEPS = 10
 STAGES, ACCUMULATION, CLIPPING = (0, 1, 2, 3), (1, 2), (0.0, 0.5)
@@ -85,13 +84,6 @@ def one_of_two_poisoned(rank: int, folder: str) -> None:
     with pytest.raises(TrainingError) as caught:
         train_loop(Job.model_validate(job), rank, 2, torch.device("cpu"))
     Path(folder, f"error-{rank}").write_text(str(caught.value))
-
-
-def join(rank: int, folder: str) -> None:
-    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_SIZE": "2"}
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
 
 
 def one_of_two(rank: int, folder: str) -> None:

@@ -20,7 +20,7 @@ from components.training.loop import make_batcher
 from components.training.reference import Reference
 from components.training.trainable import answer_model, negated
 from tests.conftest import write_rows
-from tests.training import TRAIN, answer_logits, distance, lines, plain_loop, run
+from tests.training import TRAIN, answer_logits, distance, lines, plain_gradient, plain_loop, run
 
 SHORT = TRAIN.model_copy(update={"steps": 4})
 ADAMW = AdamW(type="adamw", lr=1e-3, weight_decay=0.1)
@@ -149,21 +149,8 @@ def test_the_mask_is_wagles_score(make_job: Any, tmp_path: Path) -> None:
     job = make_job("score", train(steps=1, zero_stage=3), objective=GRAD_DIFF, random=None, optimizer=ADAMW)
     job = job.model_copy(update={"mask": mask})
     moved, start = run(job, tmp_path), start_of(job)
-    model, batcher = load_model(Path(job.model)), make_batcher(job, 0, 1, torch.device("cpu"))
-    rows = batcher.plan.step_rows(0)
-    counts = batcher.counts(rows)
-
-    def gradient(group: str, own: Any, chosen: Any, sign: float) -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        for i in chosen:
-            logits = answer_logits(model, own.prompt(i), own.answer(i))
-            targets = torch.from_numpy(own.answer(i).astype(np.int64))
-            (sign * torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / counts[group]).backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-    forget = gradient("forget", batcher.forget, rows.forget, -1)
-    normal = gradient("normal", batcher.normal, rows.normal, 1)
-    scores = {name: ((p - normal[name] / 0.05) * forget[name]).abs() for name, p in model.named_parameters()}
+    forget, normal = plain_gradient(job, "forget", -1.0), plain_gradient(job, "normal", 1.0)
+    scores = {name: ((start[name] - normal[name] / 0.05) * g).abs() for name, g in forget.items()}
     every = torch.cat([score.flatten() for score in scores.values()])
     bound = every.sort(descending=True).values[len(every) // 2 - 1]
     wrong = sum(int(((scores[n] >= bound) != (moved[n] != start[n])).sum()) for n in scores)
@@ -299,20 +286,8 @@ def test_gradients_of_terms_are_measured_right(make_job: Any, tmp_path: Path, st
     settings = train(gradient_cosine_every=2, zero_stage=stage)
     job = make_job("angle", settings, objective=objective, random=None, optimizer=ADAMW)
     run(job, tmp_path)
-    batcher, model = make_batcher(job, 0, 1, torch.device("cpu")), load_model(Path(job.model))
-    rows = batcher.plan.step_rows(0)
-    found = {}
-    for group, own, chosen, sign in (
-        ("forget", batcher.forget, rows.forget, -1.0),
-        ("normal", batcher.normal, rows.normal, 1.0),
-    ):
-        model.zero_grad()
-        for i in chosen:
-            logits = answer_logits(model, own.prompt(i), own.answer(i))
-            targets = torch.from_numpy(own.answer(i).astype(np.int64))
-            loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-            (sign * loss / batcher.counts(rows)[group]).backward()
-        found[group] = torch.cat([p.grad.flatten() for p in model.parameters()]).clone()
+    signs = {"forget": -1.0, "normal": 1.0}
+    found = {g: torch.cat([p.flatten() for p in plain_gradient(job, g, s).values()]) for g, s in signs.items()}
     first = lines(job)[0]
     for group, g in found.items():
         assert first[f"train/{group}_grad_norm"] == pytest.approx(g.norm().item(), rel=1e-4)

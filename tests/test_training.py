@@ -17,7 +17,8 @@ from components.models import check_packing, fingerprint, load_model
 from components.objectives.keep import kl_to_original
 from components.training.curvature import sample_labels
 from components.training.launch import run_job
-from components.training.loop import combine, make_batcher
+from components.training.loop import make_batcher
+from components.training.losses import combine
 from components.training.reference import Reference, reference_pass
 from tests.training import OBJECTIVE, TRAIN, answer_logits, distance, lines, plain_loop, run
 
@@ -165,7 +166,7 @@ def test_a_gradient_that_is_not_finite_stops_before_any_update(
         loss, parts = combine(outputs, *rest)
         return loss + torch.sqrt(outputs.logits.sum() * 0), parts
 
-    monkeypatch.setattr("components.training.loop.combine", poisoned)
+    monkeypatch.setattr("components.training.losses.combine", poisoned)
     with pytest.raises(TrainingError, match="Gradient of the objective at step 1 is not finite"):
         run_job(make_job("nan", TRAIN.model_copy(update={"zero_stage": stage})), tmp_path)
     assert not (tmp_path / "nan").exists()

@@ -1,6 +1,7 @@
 """What tests of training share: settings, reading results, and the same training written plainly."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -100,3 +101,23 @@ def one_batch(batcher: Batcher) -> Batcher:
 def answer_logits(net, prompt: np.ndarray, answer: np.ndarray) -> torch.Tensor:
     ids = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))[None]
     return net(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+
+
+def join(rank: int, folder: str, ranks: int = 2) -> None:
+    """Make this process one of `ranks`, of one thread each, that meet in `folder`."""
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_SIZE": str(ranks)}
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", ranks)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+
+
+def plain_gradient(job: Job, group: str, sign: float) -> dict[str, torch.Tensor]:
+    """Of `sign` times the mean next-token loss on the group's rows of step 1, by plain autograd."""
+    model, batcher = load_model(Path(job.model)), make_batcher(job, 0, 1, torch.device("cpu"))
+    rows, own = batcher.plan.step_rows(0), getattr(batcher, group)
+    for i in getattr(rows, group):
+        targets = torch.from_numpy(own.answer(i).astype(np.int64))
+        logits = answer_logits(model, own.prompt(i), own.answer(i))
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        (sign * loss / batcher.counts(rows)[group]).backward()
+    return {name: p.grad for name, p in model.named_parameters()}

@@ -34,7 +34,7 @@ from components.config.objective import (
     Weight,
     Wga,
 )
-from components.config.recipe import Recipe, config_hash, registered_name, run_name
+from components.config.recipe import NOT_PART_OF_TRAINING, Recipe, config_hash, registered_name, run_name
 from components.config.section import Section, digest
 from components.config.training import (
     Adafactor,
@@ -56,6 +56,7 @@ from components.config.training import (
 )
 
 __all__ = [
+    "NOT_PART_OF_TRAINING",
     "Adafactor",
     "AdamW",
     "AdaptiveInterval",

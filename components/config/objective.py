@@ -1,5 +1,6 @@
 """The terms of the objective and their weights."""
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -277,9 +278,11 @@ class Objective(Section):
         found = {"forget": self.forget, "random": self.random, "normal": self.normal}
         return {group: term for group, term in found.items() if term is not None}
 
-    def groups(self) -> tuple[str, ...]:
-        """The groups whose rows are read, in the order in which they stand in a micro-batch."""
-        used = {*self.terms()} | ({"random"} if self.prefers_responses else set())
+    def groups(self, terms: Collection[str] | None = None) -> tuple[str, ...]:
+        """The groups whose rows the terms of `terms` (left out, all groups) need, in their order in a micro-batch."""
+        used = {*(self.terms() if terms is None else terms)}
+        if "forget" in used and self.prefers_responses:
+            used.add("random")
         return tuple(group for group in ("forget", "random", "normal") if group in used)
 
     @property

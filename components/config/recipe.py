@@ -131,9 +131,9 @@ def _pair_problems(where: str, optimizer: Any, train: Train) -> Iterator[str]:
         yield f"{where}optimizer=influence moves once: give neither warm-up nor a schedule"
 
 
-# Settings that say where or how visibly a job runs, but cannot change its result.
-_SPARE = {"log_every", "checkpoint_every", "keep_checkpoints", "max_failures"}
-_NOT_PART_OF_THE_RESULT: Any = {"storage": True, "if_exists": True, "tracking": True, "train": _SPARE}
+# Settings that say where, how visibly or how safely a job runs, but cannot change its result.
+NOT_PART_OF_TRAINING = {"log_every", "checkpoint_every", "keep_checkpoints", "max_failures"}
+_NOT_PART_OF_THE_RESULT: Any = {"storage": True, "if_exists": True, "tracking": True, "train": NOT_PART_OF_TRAINING}
 
 
 def config_hash(recipe: Recipe) -> str:

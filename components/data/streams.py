@@ -68,17 +68,20 @@ class Plan(NamedTuple):
         """Rows of `step`, counted from 0."""
         counter = self._counter(step)
         nothing = np.empty(0, dtype=np.int64)
-        draws = [
-            draw(self.seed, "random", int(i)).integers(self.pool, size=self.responses) for i in counter if self.pool
-        ]
         forget = _cycle(self.seed, "forget", self.forget, counter) if self.forget else nothing
-        drawn = np.array(draws, dtype=np.int64).reshape(len(draws), self.responses)
         return StepRows(
             forget=forget,
             normal=_cycle(self.seed, "normal", self.normal, counter) if self.normal else nothing,
-            random=forget[:, None] if self.by_row and self.pool else drawn,
+            random=forget[:, None] if self.by_row and self.pool else self._drawn(counter),
             counter=counter,
         )
+
+    def _drawn(self, counter: np.ndarray) -> np.ndarray:
+        """[n, K] rows of the pool for each paced row."""
+        draws = [
+            draw(self.seed, "random", int(i)).integers(self.pool, size=self.responses) for i in counter if self.pool
+        ]
+        return np.array(draws, dtype=np.int64).reshape(len(draws), self.responses)
 
 
 def draw(seed: int, purpose: str, counter: int) -> np.random.Generator:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from components.optimizers.soul import momentum_and_curvature
+
 
 class Influence(torch.optim.Optimizer):
     """θ ← θ − η·g/(h + damping) at the last of `steps` steps; g and h are averages over all of them, at the same θ.
@@ -20,12 +22,7 @@ class Influence(torch.optim.Optimizer):
 
     def init_state(self, p: Tensor) -> dict[str, Any]:
         """The state of `p`, made when there is none."""
-        state = self.state[p]
-        if "exp_avg" not in state:
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(p.data)
-            state["exp_avg_sq"] = torch.zeros_like(p.data)
-        return state
+        return momentum_and_curvature(self.state[p], p)
 
     def refresh_with_square(self, p: Tensor, factor: float) -> None:
         """Add a share of B·g⊙g, with g in `p.grad` and the factor B, to h."""

@@ -15,8 +15,8 @@ class Soul(torch.optim.Optimizer):
     `refresh` and `refresh_with_square` renew h; parameters, m and step counts stay as they are. With `release`, the
     published code's arithmetic: both averages of m within a step (β1² in place of β1) and γh + ε for max(γh, ε).
 
-    h lives in `exp_avg_sq` and m in `exp_avg`, the names that DeepSpeed's universal checkpoint knows; both are made
-    together and updated in place, since ZeRO keeps views of them. ZeRO may call `step` once per sub-group.
+    h lives in `exp_avg_sq` and m in `exp_avg`, both updated in place, since ZeRO keeps views of them. ZeRO may call
+    `step` once per sub-group.
     """
 
     def __init__(
@@ -38,12 +38,7 @@ class Soul(torch.optim.Optimizer):
 
     def init_state(self, p: Tensor) -> dict[str, Any]:
         """The state of `p`, made when there is none."""
-        state = self.state[p]
-        if "exp_avg" not in state:
-            state["step"] = 0  # an int: ZeRO's loader would share a tensor between sub-groups
-            state["exp_avg"] = torch.zeros_like(p.data)
-            state["exp_avg_sq"] = torch.zeros_like(p.data)
-        return state
+        return momentum_and_curvature(self.state[p], p)
 
     def refresh(self, p: Tensor) -> None:
         """h ← β2·h + (1−β2)·ĥ with the estimate ĥ in `p.grad`."""
@@ -88,6 +83,15 @@ class Soul(torch.optim.Optimizer):
         counts = int(sum(int(c) for c in self._clipped)), self._size
         self._clipped, self._size = [], 0
         return counts
+
+
+def momentum_and_curvature(state: dict[str, Any], p: Tensor) -> dict[str, Any]:
+    """`state` with a step count, m and h for the parameter `p`, made when they are missing."""
+    if "exp_avg" not in state:
+        state["step"] = 0
+        state["exp_avg"] = torch.zeros_like(p.data)
+        state["exp_avg_sq"] = torch.zeros_like(p.data)
+    return state
 
 
 def refresh_due(config: SoulConfig, since: int | None, clip_fraction: float | None) -> bool:

@@ -10,7 +10,7 @@ from components.config import Influence, Soul
 from components.data.streams import draw
 from components.training.batches import MicroBatch, to_device
 from components.training.engine import Outputs, backward, visit_gradients
-from components.training.losses import combine, groups_for
+from components.training.losses import combined
 from components.training.passes import Setup, Step, accumulate
 
 _ROWS = 256  # whose distribution is in memory in float64 at a time
@@ -28,7 +28,7 @@ def refresh_curvature(setup: Setup, step: Step, weights: dict[str, float]) -> No
     assert isinstance(config, Soul | Influence)
     kind = config.curvature if isinstance(config, Soul) else "gnb"
     factor = config.batch_factor if isinstance(config, Soul) else None
-    objective, references = setup.job.objective, setup.batcher.references
+    objective = setup.job.objective
     what = f"the curvature at step {step.number + 1}"
     present = objective.groups() if config.curvature_of == "all" else (config.curvature_of,)
     if kind == "gnb":
@@ -38,11 +38,11 @@ def refresh_curvature(setup: Setup, step: Step, weights: dict[str, float]) -> No
         return
     # A group by itself has weight 1: a weight that changes would change h without any change of curvature.
     chosen: dict[str, float] = weights if config.curvature_of == "all" else {config.curvature_of: 1.0}
+    of_terms, groups = combined(setup, step, chosen), objective.groups(chosen)
 
     def loss(outputs: Outputs, batch: MicroBatch) -> Tensor:
-        return combine(outputs, batch, objective, chosen, step.counts, references, setup.direction)[0]
+        return of_terms(outputs, batch)[0]
 
-    groups = groups_for(objective, chosen)
     if kind == "hutchinson":
         with visit_gradients(setup.engine, optimizer.refresh, what):  # type: ignore[attr-defined]
             _hessian_along_signs(setup, step, groups, loss)

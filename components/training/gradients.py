@@ -10,7 +10,7 @@ from components.config import Nll, Objective, Wagle
 from components.errors import TrainingError
 from components.training.batches import MicroBatch
 from components.training.engine import Outputs, optimizer_parameters, visit_gradients
-from components.training.losses import combine, groups_for
+from components.training.losses import combined
 from components.training.passes import Setup, Step, accumulate
 
 _PIECE = 1 << 24  # numbers that are in memory in float64 at a time
@@ -32,13 +32,13 @@ def term_gradients(
 
     what = f"{'+'.join(weights)} term"
     for step in steps:
+        of_terms = combined(setup, step, weights, objective)
 
-        def loss(outputs: Outputs, batch: MicroBatch, step: Step = step) -> Tensor:
-            references, direction = setup.batcher.references, setup.direction
-            return combine(outputs, batch, objective, weights, step.counts, references, direction)[0]
+        def loss(outputs: Outputs, batch: MicroBatch, of_terms: Any = of_terms) -> Tensor:
+            return of_terms(outputs, batch)[0]
 
         with visit_gradients(setup.engine, add, f"the {what} at step {step.number + 1}"):
-            accumulate(setup, step, groups_for(objective, weights), loss, what)
+            accumulate(setup, step, objective.groups(weights), loss, what)
     return sums
 
 

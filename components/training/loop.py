@@ -22,7 +22,7 @@ from components.training.curvature import refresh_curvature
 from components.training.engine import Outputs, consolidated_state, optimizer_parameters, optimizer_step, start_engine
 from components.training.gradients import choose_mask, hold, measure
 from components.training.job import Job, make_plan, open_sets, total_steps
-from components.training.losses import combine, steering_direction
+from components.training.losses import combined, steering_direction
 from components.training.passes import Setup, Step, accumulate, sum_over_ranks
 from components.training.reference import Reference
 from components.training.trainable import answer_model, save_result
@@ -170,11 +170,10 @@ def objective_backward(setup: Setup, step: Step, weights: dict[str, float]) -> t
         TrainingError: on all ranks alike when a term is not finite.
     """
     sums: dict[str, Tensor] = {}
+    of_terms = combined(setup, step, weights)
 
     def loss(outputs: Outputs, batch: MicroBatch) -> Tensor:
-        value, parts = combine(
-            outputs, batch, setup.job.objective, weights, step.counts, setup.batcher.references, setup.direction
-        )
+        value, parts = of_terms(outputs, batch)
         for name, part in parts.items():
             sums[name] = sums.get(name, torch.zeros((), device=setup.device)) + part
         return value

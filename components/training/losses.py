@@ -1,7 +1,6 @@
 """The objective on one micro-batch: what each term is given, and the weighted sum of the terms."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from components.data.streams import draw
 from components.objectives.terms import find_term, settings
 from components.training.batches import MicroBatch
 from components.training.engine import Outputs
+from components.training.passes import Setup, Step
 from components.training.reference import Reference
 
 
@@ -45,18 +45,20 @@ def combine(
     return loss, parts
 
 
+def combined(
+    setup: Setup, step: Step, weights: Mapping[str, float], objective: Objective | None = None
+) -> Callable[[Outputs, MicroBatch], tuple[Tensor, dict[str, Tensor]]]:
+    """`combine` for the micro-batches of a step, of the job's objective or of another."""
+    objective, references = objective or setup.job.objective, setup.batcher.references
+    return lambda outputs, batch: combine(outputs, batch, objective, weights, step.counts, references, setup.direction)
+
+
 def _by_group(outputs: Outputs, batch: MicroBatch) -> dict[str, Outputs]:
     """Each group's part of the outputs; split at once, so that the backward pass puts them together at once."""
     sizes = [len(answers.targets) for answers in batch.groups.values()]
     nothing = [None] * len(sizes)
     logits, states = (nothing if x is None else x.split(sizes) for x in outputs)
     return {group: Outputs(*both) for group, both in zip(batch.groups, zip(logits, states, strict=True), strict=True)}
-
-
-def groups_for(objective: Objective, terms: Mapping[str, Any]) -> tuple[str, ...]:
-    """The groups whose rows are needed to compute the terms of the groups `terms`."""
-    preferring = "forget" in terms and objective.prefers_responses
-    return tuple(g for g in objective.groups() if g in terms or (preferring and g == "random"))
 
 
 def steering_direction(seed: int, size: int) -> Tensor:
