@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow bench-data bench-train methods-table lint format
+.PHONY: demo test test-slow test-faults bench-data bench-train bench-checkpoint methods-table lint format
 
 demo: .venv/installed
 	$(BIN)/python pipelines/unlearn.py pipelines/recipes/demo.yaml
@@ -13,8 +13,14 @@ test: lint
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
+test-faults: .venv/installed
+	$(BIN)/python -m pytest -m faults
+
 bench-data: .venv/installed
 	$(BIN)/python -m tests.scale
+
+bench-checkpoint: .venv/installed
+	$(BIN)/python -m tests.checkpoint_speed
 
 bench-train: .venv/installed
 	$(BIN)/python -m tests.speed

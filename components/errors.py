@@ -31,6 +31,25 @@ class TrainingError(UnlearnError, RuntimeError):
     """Training had to stop: a worker failed or a number went bad."""
 
 
+class BadNumbers(TrainingError):
+    """A loss or gradient is not finite; raised on all ranks alike, with no parameter changed and no gradient left."""
+
+    ranks: tuple[int, ...] = ()
+    """Where, as far as known; not carried between processes."""
+
+
+class StorageError(UnlearnError, OSError):
+    """A file or folder cannot be written: no space, no right, a read-only file system."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Somebody asked for an end: Ctrl-C, SIGTERM, `ray job stop`. Says what was saved."""
+
+    def __init__(self, told: str, number: int):
+        super().__init__(told)
+        self.signal = number
+
+
 class TrackingError(UnlearnError, RuntimeError):
     """MLflow refused something, or holds something else than expected."""
 

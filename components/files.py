@@ -4,10 +4,46 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
+
+from components.errors import StorageError
+
+
+@contextmanager
+def writing(what: str, place: str | Path, needed: int | None = None) -> Iterator[None]:
+    """Name `what` was to be written where, and the bytes needed and free, when the system refuses.
+
+    Raises:
+        StorageError: in place of any OSError.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise refused(what, place, error, needed) from error
+
+
+def refused(what: str, place: str | Path, error: Exception, needed: int | None = None) -> StorageError:
+    """The error to raise where `what` cannot be written at `place`."""
+    about = [f"path={place}", *([f"bytes needed={needed:,}"] if needed else [])]
+    if "://" not in str(place):
+        with suppress(OSError):
+            about.append(f"bytes free={free_bytes(Path(place)):,}")
+    return StorageError(
+        f"{what} cannot be written ({', '.join(about)}): {getattr(error, 'strerror', None) or error}. Expected space "
+        "and the right to write. What was there before is whole; make room and give the same command again."
+    )
+
+
+def free_bytes(place: Path) -> int:
+    """Bytes that may still be written under `place`, which need not exist yet."""
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 @contextmanager

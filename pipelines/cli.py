@@ -1,10 +1,13 @@
 """What every pipeline shares: command line → recipe, errors → one paragraph and an exit code, Ray up and quiet."""
 
 import argparse
+import errno
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +15,8 @@ from typing import Any, NamedTuple
 
 from components.config import Recipe
 from components.console import progress_line
-from components.errors import ClusterError, ConfigError, own_error
+from components.errors import ClusterError, ConfigError, Stopped, own_error
+from components.files import refused
 from components.load_config import load_recipe
 
 
@@ -60,18 +64,31 @@ def run_cli(
 
 
 def exit_code(act: Callable[[], None], debug: bool) -> int:
-    """Do it; an error becomes one paragraph and 1, a wrong command or recipe 2, Ctrl-C 130."""
+    """Do it; an error becomes one paragraph and 1, a wrong command or recipe 2, Ctrl-C 130, SIGTERM 143."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
+        _sigterm_stops()
         act()
-    except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop or 'Stopped.'}", file=sys.stderr)
+        return 128 + (stop.signal if isinstance(stop, Stopped) else signal.SIGINT)
     except Exception as error:
         if debug:
             raise
         print(_paragraph(error), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
+
+
+def _sigterm_stops() -> None:
+    """Let SIGTERM do what Ctrl-C does: an end in order."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped("Stopped.", number)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
 
 
 def parse_arguments(arguments: Sequence[str], takes_models: bool = False) -> Command:
@@ -93,9 +110,15 @@ def parse_arguments(arguments: Sequence[str], takes_models: bool = False) -> Com
 
 def _paragraph(error: Exception) -> str:
     own = own_error(error)
+    if own is None and isinstance(error, OSError) and error.errno in _REFUSALS and error.filename:
+        own = error = refused("File", str(error.filename), error)
     if own:  # what Ray added to an error of a task stands on lines of its own
         return f"{type(own).__name__}: {own if own is error else _first_line(own)}"
     return f"Unexpected {type(error).__name__}: {_first_line(error)} Run again with --debug for the traceback."
+
+
+# No space, no quota, no right, read-only
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def _first_line(error: Exception) -> str:
@@ -111,8 +134,8 @@ _SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "HF_HUB_DOWNLOAD_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the spool tries again
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 """Read by the libraries when they are imported; what the user has set stays."""
@@ -125,8 +148,6 @@ def ray_session() -> Iterator[None]:
     Raises:
         ClusterError: when the cluster at RAY_ADDRESS does not let us in.
     """
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
@@ -140,6 +161,7 @@ def ray_session() -> Iterator[None]:
             f"Ray cluster does not let us in (RAY_ADDRESS={address}): {_first_line(error)} Expected a running head. "
             "Start one with cluster/local/head.sh, set RAY_AUTH_MODE=token where it uses tokens, or unset RAY_ADDRESS."
         ) from error
+    _sigterm_stops()  # Ray has put its own hand on it
     _quiet_driver()
     try:
         yield

@@ -19,7 +19,8 @@ from components.evaluation.report import metrics_table
 from components.evaluation.scoring import score
 from components.models import fingerprint, load_tokenizer, local_folder, tokenizer_facts
 from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
-from pipelines.finetune import Model, check_context, check_inputs, make_models, telling
+from pipelines.finetune import Model, check_context, check_inputs, make_models
+from pipelines.training import telling
 
 
 def run(command: Command) -> None:

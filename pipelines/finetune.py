@@ -10,7 +10,7 @@ Both are kept under <storage>/models by the hash of what they were made from, an
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,10 +50,11 @@ from components.models import (
     parameter_count,
     tokenizer_facts,
 )
-from components.tracking.follow import follow
+from components.training.checkpoint_files import Place, remove_all
 from components.training.job import Job
 from components.training.launch import check_cluster, run_job
-from pipelines.cli import Command, Progress, ray_session, run_cli, say, storage_folder
+from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
+from pipelines.training import checkpoint_place, shown, telling
 
 _COUNTED_BYTES = 64 << 20  # a plan must be there at once
 
@@ -138,13 +139,18 @@ def _make(recipe: Recipe, name: str, sources: Sequence[Source]) -> Model:
     without = overlap.rows if overlap and drops else None
     rows = len(PreparedRows(prepared.folder, without))
     say(f"{name:<12} fine-tuning {parameter_count(base):,} parameters on {rows} rows")
-    metrics = storage / "models" / f"{folder.name}.jsonl"
+    metrics, checkpoints, events, stop = (
+        folder.with_name(f"{folder.name}.{kind}") for kind in ("jsonl", "checkpoints", "events.jsonl", "stop")
+    )
     metrics.parent.mkdir(parents=True, exist_ok=True)
-    metrics.unlink(missing_ok=True)
     job = Job(
         model=str(base),
         output=str(folder),
         metrics=str(metrics),
+        events=str(events),
+        stop=str(stop),
+        checkpoints=checkpoint_place(finetune.train, checkpoints, folder.name),
+        made_from={"made_from": digest(made_from)},
         normal=str(prepared.folder),
         normal_without=str(without) if without else None,
         objective=Objective(normal=Nll(type="nll")),
@@ -154,8 +160,10 @@ def _make(recipe: Recipe, name: str, sources: Sequence[Source]) -> Model:
     )
     check_cluster_for(recipe)
     started = time.perf_counter()
-    with follow(metrics, Progress(finetune.train.log_every)):
+    with shown(job):
         run_job(job, storage)
+    remove_all(Place(job.checkpoints or ""))
+    stop.unlink(missing_ok=True)
     if not recipe.data.cache:
         shutil.rmtree(place, ignore_errors=True)
     say(f"  done in {duration(time.perf_counter() - started)}: {folder}")
@@ -174,7 +182,7 @@ def _overlap(recipe: Recipe, facts: TokenizerFacts, place: Path) -> Overlap | No
 
 def _result_of(train: Train) -> dict[str, Any]:
     """Training settings that decide the result, not how the work is split."""
-    return train.model_dump(exclude=NOT_PART_OF_TRAINING | {"workers", "cpus_per_worker", "gpus_per_worker"})
+    return train.model_dump(exclude=NOT_PART_OF_TRAINING)
 
 
 def base_folder(recipe: Recipe) -> Path:
@@ -280,11 +288,6 @@ def count_rows(sources: Sequence[PoolSource]) -> int | None:
             if sum(locations.size(file) for file in source_files(source)) > _COUNTED_BYTES:
                 return None
     return sum(1 for source in sources for file in source_files(source) for _ in read_records(source, file))
-
-
-def telling(name: str) -> Callable[[str], None]:
-    """What prints a set's lines of progress."""
-    return lambda line: say(f"  {name:<10} {line}")
 
 
 def planned_steps(train: Train, rows: int | None) -> int | None:

@@ -24,7 +24,8 @@ from components.data.tokenise import data_settings
 from components.errors import DataError
 from components.models import load_tokenizer, tokenizer_facts, tokenizer_folder
 from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
-from pipelines.finetune import base_folder, check_context, check_sources, count_rows, planned_steps, telling
+from pipelines.finetune import base_folder, check_context, check_sources, count_rows, planned_steps
+from pipelines.training import telling
 
 
 class Streams(NamedTuple):

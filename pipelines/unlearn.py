@@ -7,12 +7,12 @@ before and after, writes model and report, logs to MLflow, registers the model a
 gates hold, as champion.
 """
 
+import functools
 import json
 import shlex
 import shutil
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,17 @@ from components.data.prepare import Prepared
 from components.errors import ConfigError
 from components.evaluation.metrics import evaluate_records
 from components.evaluation.report import Sample, first_samples
-from components.files import write_whole
+from components.files import write_whole, writing
 from components.models import fingerprint, load_tokenizer, parameter_count, tokenizer_facts
-from components.tracking import registry
 from components.tracking.follow import follow
 from components.tracking.gates import judge
-from components.tracking.run import log_lines, log_metrics, make_client, open_run, tracking_uri
+from components.tracking.run import last_step, open_spool, put_lines, put_metrics, put_run, tracking_uri
+from components.tracking.spool import Spool
+from components.training.checkpoint_files import Place, remove_all
 from components.training.job import Job
 from components.training.launch import run_job
 from components.training.reference import needs, reference_pass
-from pipelines.cli import Command, Progress, ray_session, run_cli, say, storage_folder
+from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
 from pipelines.evaluate import check_same_tokens, prepare_questions, score_model
 from pipelines.finetune import (
     Model,
@@ -45,10 +46,12 @@ from pipelines.finetune import (
     make_models,
     planned_parameters,
     planned_steps,
-    telling,
 )
 from pipelines.outcome import Outcome, summary_text, write_files
 from pipelines.prepare import Streams, data_counts, notes, prepare_streams
+from pipelines.training import checkpoint_place, read_events, shown, telling
+
+_PATIENCE, _SHORT_PATIENCE = 20.0, 3.0  # seconds that MLflow may fail to answer before the command ends without it
 
 
 def run(command: Command) -> None:
@@ -61,17 +64,42 @@ def run(command: Command) -> None:
     if finished.exists():
         say(f"run          {folder.name} is finished already; set if_exists=new to run it again")
         say("\n" + json.loads(finished.read_text())["text"])
+        _send_late(recipe, folder)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(recipe.model_dump_json(indent=2))
+    with writing("Run", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "config.json", recipe.model_dump_json(indent=2))
+        write_whole(folder / "inputs.json", json.dumps({"inputs": inputs}))
     say(f"run          {folder}")
     started = time.perf_counter()
     with ray_session():
         check_cluster_for(recipe)
         summary = {**_unlearn(recipe, folder), "inputs": inputs}
     write_whole(finished, json.dumps(summary, indent=2, ensure_ascii=False))
+    for name in ("inputs.json", "trained.json", "stop"):  # for going on with it
+        (folder / name).unlink(missing_ok=True)
     say("\n" + summary["text"])
+    _tell_unsent(recipe, folder)
     say(f"\nall in {duration(time.perf_counter() - started)}")
+
+
+def _send_late(recipe: Recipe, folder: Path) -> None:
+    """Send what MLflow has not got of a finished run: it did not answer then, or the recipe names another server."""
+    spool = open_spool(folder, recipe.tracking, storage_folder(recipe), telling("MLflow"))
+    if count := spool.unsent():
+        if not spool.drain(_PATIENCE):
+            name, version = registered_name(recipe), spool.known.get("version")
+            say(f"MLflow       {count} entries sent: run {spool.known['run_id']}, {name} version {version}")
+        _tell_unsent(recipe, folder)
+
+
+def _tell_unsent(recipe: Recipe, folder: Path) -> None:
+    """Say what MLflow has not got, and how it gets it."""
+    spool = open_spool(folder, recipe.tracking, storage_folder(recipe), telling("MLflow"))
+    if left := spool.unsent():
+        say(f"MLflow       {left} entries wait in {folder / 'mlflow'}; the same command sends them")
+    if refused := spool.refused():
+        say(f"MLflow       refused {len(refused)} entries, with the reason in {folder / 'mlflow' / 'refused.jsonl'}")
 
 
 def plan(command: Command) -> str:
@@ -109,11 +137,16 @@ def run_folder(recipe: Recipe, inputs: str) -> Path:
     name, number = run_name(recipe), 1
     while True:
         folder = storage_folder(recipe) / (name if number == 1 else f"{name}-{number}")
-        summary = folder / "summary.json"
-        same = summary.exists() and json.loads(summary.read_text())["inputs"] == inputs
-        if same and recipe.if_exists == "fail":
+        if not folder.exists():
+            return folder
+        finished = (folder / "summary.json").exists()
+        begun = folder / ("summary.json" if finished else "inputs.json")
+        same = begun.exists() and json.loads(begun.read_text())["inputs"] == inputs
+        if finished and same and recipe.if_exists == "fail":
             raise ConfigError(f"Run exists (folder={folder}). Set if_exists=resume to see it or new to run it anew.")
-        if not summary.exists() or (same and recipe.if_exists == "resume"):
+        if finished and same and recipe.if_exists == "resume":
+            return folder
+        if not finished and (same or recipe.if_exists != "new"):  # gone on with; its checkpoints know what it is of
             return folder
         number += 1
 
@@ -135,9 +168,36 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
     if before:
         say("baseline     " + ", ".join(_headline(name, metrics) for name, metrics in before.items()))
 
-    uri = tracking_uri(recipe.tracking, storage)
-    client = make_client(uri)
-    tags = {
+    spool = open_spool(folder, recipe.tracking, storage, telling("MLflow"))
+    if (attempt := put_run(spool, recipe, folder.name, folder, run_tags(recipe, original, streams))) > 1:
+        say(f"attempt      {attempt}")
+    patience = _PATIENCE
+    try:
+        with spool.sending():
+            outcome, trained = _train_and_judge(recipe, folder, original, streams, questions, records, before, spool)
+        spool.put("end", status="FINISHED")
+    except BaseException as error:
+        spool.put("end", status="KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        patience = _SHORT_PATIENCE
+        raise
+    finally:
+        spool.drain(patience)
+    remove_all(Place(checkpoint_place(recipe.train, folder / "checkpoints", folder.name)))
+    if not recipe.data.cache:
+        for name in ("prepared", "reference", "overlap", "fingerprints"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    version = spool.known.get("version")
+    return {
+        "run": folder.name, "registered_model": registered_name(recipe), "champion": outcome.champion,
+        "metrics": outcome.metrics, "steps": trained["steps"], "seconds": trained["seconds"],
+        "mlflow_run_id": spool.known.get("run_id"), "version": version,
+        "text": summary_text(outcome, f"{registered_name(recipe)} {f'version {version}' if version else '(not sent)'}"),
+    }  # fmt: skip
+
+
+def run_tags(recipe: Recipe, original: Model, streams: Streams) -> dict[str, str]:
+    """What runs and model versions are found by."""
+    return {
         "objective": "+".join(term.type for term in recipe.objective.terms().values()),
         "optimizer": recipe.optimizer.type,
         "recipe": recipe.name,
@@ -145,27 +205,15 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
         "original_model": original.hash,
         **{f"data.{name}": prepared.digest for name, prepared in streams.sets().items()},
     }
-    run_id = open_run(client, recipe, folder.name, folder, tags)
-    try:
-        summary = _train_and_judge(recipe, folder, original, streams, questions, records, before, client, run_id, tags)
-        client.set_terminated(run_id, "FINISHED")
-        if not recipe.data.cache:
-            for name in ("prepared", "reference", "overlap", "fingerprints"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-    except BaseException:
-        with suppress(Exception):  # what went wrong first is what must be told
-            client.set_terminated(run_id, "FAILED")
-        raise
-    return summary
 
 
 def _train_and_judge(
     recipe: Recipe, folder: Path, original: Model, streams: Streams, questions: dict[str, Prepared],
-    records: dict[str, pa.Table], before: dict[str, dict[str, float]], client: Any, run_id: str, tags: dict[str, str],
-) -> dict[str, Any]:  # fmt: skip
-    log_metrics(client, run_id, "data", data_counts(streams), step=0)
-    log_metrics(client, run_id, "eval", before.get("original", {}), step=0)
-    trained = _train(recipe, folder, original, streams, client, run_id)
+    records: dict[str, pa.Table], before: dict[str, dict[str, float]], spool: Spool,
+) -> tuple[Outcome, dict[str, Any]]:  # fmt: skip
+    put_metrics(spool, "data", data_counts(streams), step=0)
+    put_metrics(spool, "eval", before.get("original", {}), step=0)
+    trained = _train(recipe, folder, original, streams, spool)
     model = Model(folder / "model", fingerprint(folder / "model"))
 
     samples: dict[str, list[Sample]] = {}
@@ -175,6 +223,7 @@ def _train_and_judge(
         metrics["unlearned"] = evaluate_records(after, records.get("retain-only"), recipe.evaluation)
         samples = {name: first_samples(records["original"], after, name) for name in questions}
     unlearned = metrics.get("unlearned", {})
+    happened = [event["text"] for event in read_events(folder / "events.jsonl")]
     outcome = Outcome(
         recipe=recipe,
         folder=folder,
@@ -188,22 +237,21 @@ def _train_and_judge(
             "data": "; ".join(f"{n} {p.good} rows, digest {p.digest}" for n, p in streams.sets().items()),
             "set aside": "; ".join(notes(streams)) or "none",
             "training": f"{trained['steps']} steps in {duration(trained['seconds'])} on {trained['world']} worker(s)",
-            "MLflow run": run_id,
+            "interruptions": "; ".join(happened) or "none",
         },
     )
-    write_files(outcome)  # before anything that needs MLflow
-    log_metrics(client, run_id, "eval", unlearned, step=trained["steps"])
-    log_metrics(client, run_id, "retain_only", metrics.get("retain-only", {}), step=0)
-    client.log_artifact(run_id, str(folder / "report.html"))
-    name = registered_name(recipe)
-    version = registry.register(client, run_id, model.folder, name, unlearned, trained["steps"], tags)
-    if outcome.champion:
-        registry.set_champion(client, name, version)
-    return {
-        "run": folder.name, "mlflow_run_id": run_id, "registered_model": name, "version": version,
-        "champion": outcome.champion, "metrics": outcome.metrics, "steps": trained["steps"],
-        "seconds": trained["seconds"], "text": summary_text(outcome, f"{name} version {version}"),
-    }  # fmt: skip
+    with writing("Report", folder):
+        write_files(outcome)
+    put_metrics(spool, "eval", unlearned, step=trained["steps"])
+    put_metrics(spool, "retain_only", metrics.get("retain-only", {}), step=0)
+    for file in ("report.html", "events.jsonl"):
+        if (folder / file).exists():
+            spool.put("artifact", path=str(folder / file))
+    spool.put(
+        "model", folder=str(model.folder), name=registered_name(recipe), metrics=unlearned, step=trained["steps"],
+        tags=run_tags(recipe, original, streams), champion=outcome.champion,
+    )  # fmt: skip
+    return outcome, trained
 
 
 def _prepare(recipe: Recipe, original: Model, place: Path) -> Streams:
@@ -214,30 +262,31 @@ def _prepare(recipe: Recipe, original: Model, place: Path) -> Streams:
     return streams
 
 
-def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, client: Any, run_id: str) -> dict[str, Any]:
-    metrics = folder / "metrics.jsonl"
-    checkpoints = folder / "checkpoints"
-    if not recipe.train.checkpoint_every:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    done = 0
-    if start := _newest_checkpoint(checkpoints):
-        done = int(start.name.removeprefix("step-"))
-        say(f"going on     after step {done}, from {start}")
-    else:
-        metrics.unlink(missing_ok=True)  # of a run that did not reach its end
+def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, spool: Spool) -> dict[str, Any]:
+    """Train, or go on with it; what was trained already is not trained again."""
+    made_from = {"model": original.hash, **{name: prepared.digest for name, prepared in streams.sets().items()}}
+    trained = folder / "trained.json"
+    if trained.exists() and (found := json.loads(trained.read_text()))["made_from"] == made_from:
+        say(f"unlearning   done already, {found['steps']} steps")
+        return found
+    metrics, events = folder / "metrics.jsonl", folder / "events.jsonl"
     for name in ("model", "model-adapter"):
         shutil.rmtree(folder / name, ignore_errors=True)
     job = Job(
         model=str(original.folder),
         output=str(folder / "model"),
-        checkpoints=str(checkpoints) if recipe.train.checkpoint_every else None,
         metrics=str(metrics),
+        events=str(events),
+        stop=str(folder / "stop"),
+        checkpoints=checkpoint_place(recipe.train, folder / "checkpoints", folder.name),
+        made_from=made_from,
         **{name: str(prepared.folder) for name, prepared in streams.sets().items()},
         normal_without=str(streams.without) if streams.without else None,
         objective=recipe.objective,
         optimizer=recipe.optimizer,
         train=recipe.train,
         mask=recipe.mask,
+        guards=recipe.guards,
         responses_by_row=recipe.data.responses == "by_row",
         seed=recipe.seed,
     )
@@ -249,21 +298,12 @@ def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, clie
     job = job.model_copy(update={"reference": references})
     where = f"{recipe.train.workers} Ray workers" if recipe.train.workers else "this process"
     say(f"unlearning   {parameter_count(original.folder):,} parameters, ZeRO-{recipe.train.zero_stage}, {where}")
-    with (
-        follow(metrics, Progress(recipe.train.log_every), after=done),
-        follow(metrics, lambda lines: log_lines(client, run_id, lines), interval=2.0) as unsent,
-    ):
-        outcome = run_job(job, folder, say)
-    if unsent:
-        say(f"MLflow       metrics were not all sent: {unsent[0]}. They are whole in {metrics}")
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    with follow(metrics, functools.partial(put_lines, spool), after=last_step(spool)), shown(job):
+        outcome = run_job(job, folder)
+    failures = sum(event["event"] == "failure" for event in read_events(events))
+    spool.put("tags", tags={"worker_failures": str(failures)})
+    write_whole(trained, json.dumps({**outcome, "made_from": made_from}, indent=2))
     return outcome
-
-
-def _newest_checkpoint(folder: Path) -> Path | None:
-    from components.training.checkpoint import newest  # imports torch
-
-    return newest(folder)
 
 
 def _headline(name: str, metrics: dict[str, float]) -> str:

@@ -22,8 +22,9 @@ from components.models import fingerprint, quiet_libraries
 from components.training.curvature import refresh_curvature
 from components.training.engine import optimizer_step
 from components.training.job import Job
-from components.training.loop import objective_backward, set_up, step_of
+from components.training.loop import set_up
 from components.training.reference import reference_pass
+from components.training.step import objective_backward, step_of
 from tests.training import join
 
 RANKS, ROUNDS, INTERVAL = 2, 15, 10

@@ -13,8 +13,9 @@ from components.config import Nll, Objective, Soul
 from components.models import load_model
 from components.training.curvature import refresh_curvature, sample_labels
 from components.training.engine import consolidated_state, optimizer_parameters
-from components.training.loop import set_up, step_of
+from components.training.loop import set_up
 from components.training.passes import Setup, Step
+from components.training.step import step_of
 from tests.training import OBJECTIVE, TRAIN
 
 NORM = "model.layers.0.input_layernorm.weight"

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from components.config import Gate
+from components.config import Gate, Tracking
 from components.errors import TrackingError
 from components.files import write_whole
 from components.load_config import load_recipe
 from components.tracking import registry
 from components.tracking.follow import follow
 from components.tracking.gates import gate_table, judge
-from components.tracking.run import log_lines, log_metrics, make_client, open_run
+from components.tracking.run import last_step, make_client, open_spool, put_lines, put_metrics, put_run
+from components.tracking.spool import Spool
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,24 +78,44 @@ def test_a_failing_follower_stops_nothing(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory):
-    return make_client(f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
 
 
-def make_run(client, folder: Path) -> str:
-    folder.mkdir(parents=True)
+@pytest.fixture(scope="module")
+def client(uri: str):
+    return make_client(uri)
+
+
+def make_spool(uri: str, folder: Path) -> Spool:
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text("{}")
+    return open_spool(folder, Tracking(uri=uri), folder.parent, lambda text: None)
+
+
+def make_run(uri: str, folder: Path) -> Spool:
+    spool = make_spool(uri, folder)
     recipe = load_recipe([ROOT / "pipelines" / "recipes" / "demo.yaml"])
-    return open_run(client, recipe, "a run", folder, {"config_hash": "x"})
+    put_run(spool, recipe, "a run", folder, {"config_hash": "x"})
+    return spool
 
 
-def test_a_run_holds_params_metrics_and_config(client, tmp_path: Path) -> None:
-    run_id = make_run(client, tmp_path / "run")
-    lines = [{"time": 1.0 + i, "step": i, "steps": 3, "train/loss": float(i)} for i in range(3)]
-    for _ in range(2):  # sending again adds nothing
-        log_lines(client, run_id, lines)
-    log_metrics(client, run_id, "eval", {"forget_quality": 0.5}, step=3)
+LINES = [{"time": 1.0 + i, "step": i, "steps": 3, "rows": "abc", "train/loss": float(i)} for i in range(3)]
+
+
+def test_a_run_holds_params_metrics_and_config(uri: str, client, tmp_path: Path) -> None:
+    spool = make_run(uri, tmp_path / "run")
+    put_lines(spool, LINES)
+    put_metrics(spool, "eval", {"forget_quality": 0.5}, step=3)
+    spool.put("end", status="FINISHED")
+    assert spool.drain(5) == 0
+    run_id = spool.known["run_id"]
+    for _ in range(2):  # a crash before it was noted that all is sent: sending again adds nothing
+        (tmp_path / "run" / "mlflow" / "sent.json").unlink()
+        assert make_spool(uri, tmp_path / "run").drain(5) == 0
+    assert make_spool(uri, tmp_path / "run").known["run_id"] == run_id
     run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
     assert run.data.params["optimizer.type"] == "soul"
     assert run.data.params["objective.forget.weight"] == "0.03"
     assert run.data.metrics == {"train/loss": 2.0, "eval/forget_quality": 0.5}
@@ -102,10 +123,78 @@ def test_a_run_holds_params_metrics_and_config(client, tmp_path: Path) -> None:
     assert [file.path for file in client.list_artifacts(run_id)] == ["config.json"]
 
 
-def test_registration_and_aliases(client, tmp_path: Path, base: Path) -> None:
+def test_another_attempt_goes_on_in_the_same_run(uri: str, client, tmp_path: Path) -> None:
+    """What a killed process wrote down and did not send is sent; steps that are done again are not told again."""
+    spool = make_run(uri, tmp_path / "run")
+    put_lines(spool, LINES)
+    with (tmp_path / "run" / "mlflow" / "queue.jsonl").open("a") as stream:
+        stream.write('{"kind": "metr')  # killed here
+    again = make_run(uri, tmp_path / "run")
+    assert last_step(again) == 2
+    assert again.drain(5) == 0
+    run = client.get_run(again.known["run_id"])
+    assert run.data.tags["attempts"] == "2"
+    assert run.data.metrics == {"train/loss": 2.0}
+    assert run.info.status == "RUNNING"
+
+
+def test_what_a_server_will_never_take_is_put_aside_with_the_reason(uri: str, client, tmp_path: Path) -> None:
+    spool = make_run(uri, tmp_path / "run")
+    put_lines(spool, LINES)
+    spool.put("metrics", points=[["bad*name", 1.0, 1, 1]])
+    put_lines(spool, [{**LINES[0], "time": 9.0, "step": 9}])
+    spool.put("artifact", path=str(tmp_path / "not there"))
+    spool.put("tags", tags={"last": "yes"})
+    assert spool.drain(5) == 0
+    refused = spool.refused()
+    assert [entry["kind"] for entry in refused] == ["metrics", "artifact"]
+    assert "bad*name" in refused[0]["reason"]
+    run = client.get_run(spool.known["run_id"])
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == [0, 1, 2, 9]
+    assert run.data.tags["last"] == "yes"
+
+
+def test_a_server_that_fails_for_a_while_gets_everything_once(tmp_path: Path) -> None:
+    got: list[int] = []
+    calls = 0
+
+    def take(client: str, known: dict, entry: dict) -> None:
+        nonlocal calls
+        calls += 1
+        if 3 < calls < 6:
+            raise ConnectionError("down")
+        got.append(entry["n"])
+
+    told: list[str] = []
+    spool = Spool(tmp_path / "s", "u", lambda: "client", {"n": take}, told.append)
+    with spool.sending(pause=0.01):
+        for n in range(20):
+            spool.put("n", n=n)
+            time.sleep(0.002)
+    assert spool.drain(5) == 0
+    assert got == list(range(20))
+    assert told == [
+        f"MLflow does not take what it is told: down. It is kept in {tmp_path / 's'}.",
+        "MLflow answers again",
+    ]
+
+
+def test_another_server_is_told_everything(uri: str, tmp_path: Path) -> None:
+    make_run(uri, tmp_path / "run").drain(5)
+    other = f"sqlite:///{tmp_path / 'other.db'}"
+    spool = make_spool(other, tmp_path / "run")
+    assert spool.unsent() == 2
+    assert spool.drain(5) == 0
+    assert make_client(other).get_run(spool.known["run_id"]).info.run_name == "a run"
+    assert make_spool(uri, tmp_path / "run").unsent() == 0
+
+
+def test_registration_and_aliases(uri: str, client, tmp_path: Path, base: Path) -> None:
     import mlflow
 
-    run_id = make_run(client, tmp_path / "run")
+    spool = make_run(uri, tmp_path / "run")
+    spool.drain(5)
+    run_id = spool.known["run_id"]
     with pytest.raises(TrackingError, match="No candidate is registered"):
         registry.candidate(client, "people-model")
     for expected in ("1", "2"):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from components.config import GradientAscent, KlToOriginal, Objective, RandomResponse, Soul, Train
 from components.models import load_model
 from components.training.batches import Batcher
+from components.training.checkpoint_files import Place, manifest, steps_kept
 from components.training.curvature import sample_labels
 from components.training.job import Job
 from components.training.launch import run_job
@@ -41,6 +42,21 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 def lines(job: Job) -> list[dict]:
     return [json.loads(line) for line in Path(job.metrics).read_text().splitlines()]
+
+
+def events(job: Job) -> list[dict]:
+    return [json.loads(line) for line in Path(job.events or "").read_text().splitlines()]
+
+
+def saved(job: Job, step: int | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, by default the newest: weights, optimizer state and masks of all ranks."""
+    place = Place(job.checkpoints or "")
+    step = steps_kept(place)[0] if step is None else step
+    found: dict[str, torch.Tensor] = {}
+    for name in manifest(place, step)["files"]:
+        if name.endswith(".safetensors"):
+            found |= load_file(place.path(step, name))
+    return found
 
 
 def plain_loop(job: Job, steps: int) -> dict[str, torch.Tensor]:

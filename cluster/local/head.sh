@@ -14,6 +14,8 @@ agent_port="${AGENT_PORT:-52365}" # must be free: the job server starts jobs thr
 # The python on the PATH of this shell is the one that runs the jobs.
 [ -x "$project/.venv/bin/ray" ] && export PATH="$project/.venv/bin:$PATH"
 export RAY_AUTH_MODE=token
+# `ray job stop` sends SIGTERM and this many seconds later kills: time to write a checkpoint. Ray's own default is 3.
+export RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-120}"
 export RAY_AUTH_TOKEN_PATH="${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"
 
 if [ "${1:-}" = --env ]; then

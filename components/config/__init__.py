@@ -5,6 +5,7 @@ One schema serves all pipelines, so that one file describes a whole job. A strin
 
 from components.config.data import Data, Files, FixedAnswers, HuggingFace, People, PoolSource, Rows, Source, Text
 from components.config.evaluation import Evaluation, EvaluationSet, Gate, Tracking
+from components.config.faults import Best, Guard, Probe
 from components.config.objective import (
     Balanced,
     BoundedAscent,
@@ -62,6 +63,7 @@ __all__ = [
     "AdaptiveInterval",
     "Balanced",
     "Base",
+    "Best",
     "BoundedAscent",
     "CeU",
     "Custom",
@@ -77,6 +79,7 @@ __all__ = [
     "ForgetTerm",
     "Gate",
     "GradientAscent",
+    "Guard",
     "HuggingFace",
     "Influence",
     "JensenShannon",
@@ -95,6 +98,7 @@ __all__ = [
     "People",
     "PoolSource",
     "Pretrained",
+    "Probe",
     "Ramp",
     "RandomResponse",
     "Recipe",

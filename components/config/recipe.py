@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from components.config.data import Data
 from components.config.evaluation import Evaluation, Gate, Tracking
+from components.config.faults import Guard
 from components.config.objective import (
     Balanced,
     Dual,
@@ -45,6 +46,7 @@ class Recipe(Section):
     """Which weights may move; left out, all."""
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
+    guards: list[Guard] = []
     gates: list[Gate] = []
 
     @model_validator(mode="after")
@@ -65,6 +67,7 @@ class Recipe(Section):
             problems.append(
                 "mask weighs the forget against the normal rows: give objective.forget and objective.normal"
             )
+        problems += _guard_problems(self)
         if self.finetune:
             problems += _pair_problems("finetune.", self.finetune.optimizer, self.finetune.train)
             if getattr(self.finetune.optimizer, "curvature_of", None) == "forget":
@@ -109,6 +112,22 @@ def _objective_problems(recipe: Recipe) -> Iterator[str]:
         yield "mask needs a gradient at the original, where that of kl_ascent is 0: take another objective.forget"
 
 
+def _guard_problems(recipe: Recipe) -> Iterator[str]:
+    watched = [guard.metric for guard in recipe.guards]
+    if recipe.guards and not recipe.train.checkpoint_every:
+        yield "guards go back to a checkpoint: give train.checkpoint_every"
+    if recipe.train.checkpoint_best:
+        watched.append(recipe.train.checkpoint_best.metric)
+    if not recipe.train.probe and any(metric.startswith("probe/") for metric in watched):
+        yield "probe/ metrics are measured with train.probe only: give it, such as train.probe.every=10"
+    if recipe.train.probe and not recipe.objective.normal:
+        yield "train.probe looks at the rows of the normal term: give objective.normal"
+    for metric in watched:
+        term = metric.removeprefix("train/").removesuffix("_loss")
+        if metric.startswith("train/") and getattr(recipe.objective, term, metric) is None:
+            yield f"{metric} is never measured: objective.{term} is null"
+
+
 def _pair_problems(where: str, optimizer: Any, train: Train) -> Iterator[str]:
     """Combinations of optimizer and training that cannot work."""
     if isinstance(optimizer, Adafactor) and train.zero_stage:
@@ -131,9 +150,16 @@ def _pair_problems(where: str, optimizer: Any, train: Train) -> Iterator[str]:
         yield f"{where}optimizer=influence moves once: give neither warm-up nor a schedule"
 
 
-# Settings that say where, how visibly or how safely a job runs, but cannot change its result.
-NOT_PART_OF_TRAINING = {"log_every", "checkpoint_every", "keep_checkpoints", "max_failures"}
-_NOT_PART_OF_THE_RESULT: Any = {"storage": True, "if_exists": True, "tracking": True, "train": NOT_PART_OF_TRAINING}
+# Settings that say where, how visibly or how safely a job runs, or how its work is split: the result is the same, up to
+# the order of sums.
+NOT_PART_OF_TRAINING = {
+    "log_every", "checkpoint_every", "keep_checkpoints", "checkpoint_storage", "max_failures", "timeout",
+    "workers", "cpus_per_worker", "gpus_per_worker", "zero_stage", "offload", "micro_batch_size", "packing",
+}  # fmt: skip
+_NOT_PART_OF_THE_RESULT: Any = {
+    "storage": True, "if_exists": True, "tracking": True, "train": NOT_PART_OF_TRAINING,
+    "finetune": {"train": NOT_PART_OF_TRAINING},
+}  # fmt: skip
 
 
 def config_hash(recipe: Recipe) -> str:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from components.config.faults import Best, Probe
 from components.config.section import Section
 
 
@@ -215,11 +216,22 @@ class Train(Section):
     gradient_cosine_every: int | None = Field(None, ge=1)
     """Measure the angle between the forget and the normal term's gradient every so many steps, at the cost of a pass
     for each."""
-    checkpoint_every: int | None = Field(None, ge=1)
-    """Steps between two checkpoints, from which the same command goes on after a stop; left out, there are none."""
+    checkpoint_every: int | None = Field(100, ge=1)
+    """Steps between two checkpoints, from which the same command goes on after a stop; null: only when it is stopped
+    by Ctrl-C, SIGTERM, `ray job stop` or a node that is about to go."""
     keep_checkpoints: int = Field(2, ge=1)
+    """How many of the newest are kept."""
+    checkpoint_best: Best | None = None
+    checkpoint_storage: str | None = None
+    """Where checkpoints lie, such as s3://bucket/checkpoints; left out, in the run's folder."""
     max_failures: int = Field(3, ge=0)
     """How often dead workers are replaced, each time from the newest checkpoint or from the start."""
+    max_bad_steps: int = Field(0, ge=0)
+    """Steps whose loss or gradient is not finite that may be left out, no parameter being changed, before training
+    ends with an error."""
+    timeout: float = Field(600, gt=0)
+    """Seconds that a worker waits for the others in one exchange before it takes them for dead."""
+    probe: Probe | None = None
     log_every: int = Field(1, ge=1)
     """Steps between two progress lines; metrics.jsonl and MLflow get every step."""
 
@@ -233,6 +245,10 @@ class Train(Section):
             raise ValueError("offload=parameters needs zero_stage 3")
         if self.lora and self.trainable:
             raise ValueError("lora trains its adapters only: leave trainable out, and name layers in lora.targets")
+        if self.checkpoint_best and not self.checkpoint_every:
+            raise ValueError("checkpoint_best chooses among checkpoints: give checkpoint_every")
+        if self.checkpoint_storage and not re.match(r"(s3|gs)://.|[^:]+$", self.checkpoint_storage):
+            raise ValueError("checkpoint_storage must be a path, s3:// or gs://")
         return self
 
     @field_validator("trainable")

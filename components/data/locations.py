@@ -23,7 +23,7 @@ def find(patterns: str | list[str]) -> list[str]:
     found: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if is_remote(pattern):
-            store, path = _store(pattern)
+            store, path = open_store(pattern)
             scheme = pattern.partition("://")[0]
             matches = [f"{scheme}://{match}" for match in _ask(pattern, functools.partial(store.glob, path))]
         else:
@@ -45,7 +45,7 @@ def open_file(file: str, *, random_access: bool = False) -> Any:
     """A binary file object; a remote one without random access is read ahead."""
     if not is_remote(file):
         return open(file, "rb")
-    store, path = _store(file)
+    store, path = open_store(file)
     opener = (
         store.fs.open_input_file if random_access else functools.partial(store.fs.open_input_stream, compression=None)
     )
@@ -56,7 +56,7 @@ def size(file: str) -> int:
     """Bytes of one file."""
     if not is_remote(file):
         return os.path.getsize(file)
-    store, path = _store(file)
+    store, path = open_store(file)
     return int(_ask(file, lambda: store.info(path))["size"])
 
 
@@ -67,7 +67,7 @@ def content_digest(file: str, memory: Path) -> str:
     of change stay. An object in a store goes by its size and time of change.
     """
     if is_remote(file):
-        store, path = _store(file)
+        store, path = open_store(file)
         info = _ask(file, lambda: store.info(path))
         return hashlib.sha256(f"{file} {info['size']} {info['mtime']}".encode()).hexdigest()
     state = os.stat(file)
@@ -88,7 +88,7 @@ def _hash(file: str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _store(url: str) -> tuple[Any, str]:
+def open_store(url: str) -> tuple[Any, str]:
     """The object store of `url` with fsspec's interface, and the path in it."""
     scheme, _, path = url.partition("://")
     if scheme not in ("s3", "gs"):

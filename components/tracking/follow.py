@@ -13,24 +13,27 @@ Lines = list[dict[str, Any]]
 
 @contextmanager
 def follow(
-    file: Path, consume: Callable[[Lines], None], interval: float = 0.5, after: int = 0
+    file: Path, consume: Callable[[Lines], None], interval: float = 0.5, after: int | None = 0
 ) -> Iterator[list[Exception]]:
     """Hand new whole lines to `consume` in a thread, the rest on leaving: each step once, from step `after` + 1 on.
 
-    A run that goes on from a checkpoint puts a shorter file in place of the old one and does some steps again.
+    A run that goes on from a checkpoint puts a shorter file in place of the old one and does some steps again. With
+    None for `after`, lines are no steps, and those that stand there already are not handed over.
 
     Yields the list of exceptions that `consume` raised; after one it is not called again, and the block goes on.
     """
     failures: list[Exception] = []
     done = threading.Event()
+    start = _new_lines(file, _Place(0, 0))[0] if after is None else _Place(0, 0)
 
     def run() -> None:
-        place, step = _Place(0, 0), after
+        place, step = start, after
         while True:
             last = done.is_set()
             place, lines = _new_lines(file, place)
-            lines = [line for line in lines if line["step"] > step]
-            step = max([step, *(line["step"] for line in lines)])
+            if step is not None:
+                lines = [line for line in lines if line["step"] > step]
+                step = max([step, *(line["step"] for line in lines)])
             if lines and not failures:
                 try:
                     consume(lines)

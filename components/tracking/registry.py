@@ -44,6 +44,12 @@ def register(
     return str(version)
 
 
+def version_of_run(client: Any, name: str, run_id: str) -> str | None:
+    """The version of `name` that a run has registered already."""
+    found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    return str(found[0].version) if found else None
+
+
 def set_champion(client: Any, name: str, version: str) -> None:
     """Point the alias `champion` at `version`."""
     client.set_registered_model_alias(name, "champion", version)

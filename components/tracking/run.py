@@ -1,13 +1,15 @@
-"""One MLflow run for one run folder, always addressed by its id."""
+"""One MLflow run for one run folder, always addressed by its id: what is told of it, and how each thing is sent."""
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from components.config import Recipe, Tracking
 from components.errors import TrackingError
+from components.tracking import registry
+from components.tracking.spool import Entry, Handler, Known, Spool
 
 
 def tracking_uri(tracking: Tracking, storage: Path) -> str:
@@ -40,36 +42,102 @@ def make_client(uri: str) -> Any:
     return client
 
 
-def open_run(client: Any, recipe: Recipe, name: str, folder: Path, tags: Mapping[str, str]) -> str:
-    """Create the run with the resolved recipe as params and artifact. Returns its id."""
-    experiment = _experiment(client, recipe.tracking.experiment, folder.parent)
-    run = client.create_run(experiment, run_name=name, tags={**tags, "run_folder": str(folder)})
-    from mlflow.entities import Param
-
-    params = [Param(key, str(value)) for key, value in _scalars(recipe.model_dump(mode="json"))]
-    for i in range(0, len(params), 100):
-        client.log_batch(run.info.run_id, params=params[i : i + 100])
-    client.log_artifact(run.info.run_id, str(folder / "config.json"))
-    return run.info.run_id
+def open_spool(folder: Path, tracking: Tracking, storage: Path, tell: Callable[[str], None]) -> Spool:
+    """The entries of the run in `folder`, for the recipe's MLflow server; `tell` gets a line when that fails."""
+    uri = tracking_uri(tracking, storage)
+    handlers: dict[str, Handler] = {
+        "run": _send_run, "attempt": _send_attempt, "metrics": _send_metrics, "tags": _send_tags,
+        "artifact": _send_artifact, "model": _send_model, "end": _send_end,
+    }  # fmt: skip
+    return Spool(folder / "mlflow", uri, lambda: make_client(uri), handlers, tell)
 
 
-def log_lines(client: Any, run_id: str, lines: list[dict[str, Any]]) -> None:
-    """Lines of metrics.jsonl as metric points. Their timestamps are the lines' own: sending twice adds nothing."""
-    from mlflow.entities import Metric
+def put_run(spool: Spool, recipe: Recipe, name: str, folder: Path, tags: Mapping[str, str]) -> int:
+    """The run with the resolved recipe as params and artifact, or one more attempt at it. Returns its number."""
+    attempt = 1 + sum(entry["kind"] in ("run", "attempt") for entry in spool.entries())
+    if attempt > 1:
+        spool.put("attempt", attempt=attempt)
+        return attempt
+    params = {key: str(value) for key, value in _scalars(recipe.model_dump(mode="json"))}
+    spool.put(
+        "run", experiment=recipe.tracking.experiment, storage=str(folder.parent), name=name,
+        tags={**tags, "run_folder": str(folder), "attempts": "1"}, params=params,
+    )  # fmt: skip
+    spool.put("artifact", path=str(folder / "config.json"))
+    return attempt
 
+
+def put_lines(spool: Spool, lines: list[dict[str, Any]]) -> None:
+    """Lines of metrics.jsonl as metric points, with their own times."""
     points = [
-        Metric(key, value, int(line["time"] * 1000), line["step"])
+        [key, value, int(line["time"] * 1000), line["step"]]
         for line in lines
         for key, value in line.items()
         if "/" in key
     ]
-    for i in range(0, len(points), 900):
-        client.log_batch(run_id, metrics=points[i : i + 900])
+    spool.put("metrics", points=points, last_step=max(line["step"] for line in lines))
 
 
-def log_metrics(client: Any, run_id: str, prefix: str, metrics: Mapping[str, float], step: int) -> None:
+def put_metrics(spool: Spool, prefix: str, metrics: Mapping[str, float], step: int) -> None:
     """Evaluation metrics as `<prefix>/<name>` at `step`."""
-    log_lines(client, run_id, [{"time": time.time(), "step": step, **{f"{prefix}/{k}": v for k, v in metrics.items()}}])
+    now = int(time.time() * 1000)
+    spool.put("metrics", points=[[f"{prefix}/{key}", value, now, step] for key, value in metrics.items()])
+
+
+def last_step(spool: Spool) -> int:
+    """The last training step that was put: one that is done again after a stop need not be told again."""
+    return max((entry.get("last_step", 0) for entry in spool.entries()), default=0)
+
+
+def _send_run(client: Any, known: Known, entry: Entry) -> Known:
+    from mlflow.entities import Param
+
+    experiment = _experiment(client, entry["experiment"], Path(entry["storage"]))
+    found = client.search_runs([experiment], f"tags.spool_key = '{entry['key']}'", max_results=1)
+    run = found[0] if found else client.create_run(
+        experiment, start_time=int(entry["time"] * 1000), run_name=entry["name"],
+        tags={**entry["tags"], "spool_key": entry["key"]},
+    )  # fmt: skip
+    params = [Param(key, value) for key, value in entry["params"].items()]
+    for i in range(0, len(params), 100):
+        client.log_batch(run.info.run_id, params=params[i : i + 100])
+    return {"run_id": run.info.run_id}
+
+
+def _send_attempt(client: Any, known: Known, entry: Entry) -> None:
+    client.update_run(known["run_id"], status="RUNNING")
+    client.set_tag(known["run_id"], "attempts", str(entry["attempt"]))
+
+
+def _send_metrics(client: Any, known: Known, entry: Entry) -> None:
+    from mlflow.entities import Metric
+
+    points = [Metric(*point) for point in entry["points"]]
+    for i in range(0, len(points), 900):
+        client.log_batch(known["run_id"], metrics=points[i : i + 900])
+
+
+def _send_tags(client: Any, known: Known, entry: Entry) -> None:
+    for key, value in entry["tags"].items():
+        client.set_tag(known["run_id"], key, value)
+
+
+def _send_artifact(client: Any, known: Known, entry: Entry) -> None:
+    client.log_artifact(known["run_id"], entry["path"])
+
+
+def _send_model(client: Any, known: Known, entry: Entry) -> Known:
+    folder, name, tags = Path(entry["folder"]), entry["name"], entry["tags"]
+    version = registry.version_of_run(client, name, known["run_id"]) or registry.register(
+        client, known["run_id"], folder, name, entry["metrics"], entry["step"], tags
+    )
+    if entry["champion"]:
+        registry.set_champion(client, name, version)
+    return {"version": version}
+
+
+def _send_end(client: Any, known: Known, entry: Entry) -> None:
+    client.set_terminated(known["run_id"], entry["status"], end_time=int(entry["time"] * 1000))
 
 
 def _experiment(client: Any, name: str, storage: Path) -> str:

@@ -1,36 +1,29 @@
-"""Checkpoints: all that decides the next step, in safetensors, whole or absent.
+"""Checkpoints: all that decides the next step, written by any ranks and ZeRO stage, read by any others.
 
-`<folder>/step-000030/` holds for each rank a file with its fragments of weights (fp32 masters), optimizer state and
-masks, each named `<parameter>@<first number>.<what>`, so that any ZeRO stage and any number of workers can read it;
-`state.json`; and `manifest.json` with the size and sha256 of every file. A folder without a fitting manifest counts as
-none. Data order and every random draw follow from the step number, which is therefore their whole state.
+Each rank writes a safetensors file with its fragments of weights (fp32 masters), optimizer state and masks, each named
+`<parameter>@<first number>.<what>`, and reads the fragments that it needs, whoever wrote them. `state.json` holds what
+is the same on all ranks. Data order and every random draw follow from seed and step number, which are therefore their
+whole state.
 """
 
-import hashlib
 import json
-import os
-import shutil
-import threading
-import time
+import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from components.errors import TrainingError
-from components.files import write_whole
+from components.errors import ConfigError
 from components.objectives.weights import Learnt
+from components.training import checkpoint_files as files
+from components.training.checkpoint_files import Place
 from components.training.engine import Outputs, backward, optimizer_parameters, visit_gradients
+from components.training.job import Job
 from components.training.layout import Fragment, fragments
 from components.training.passes import Setup
-
-_PATIENCE = 600.0  # seconds that rank 0 waits for the other ranks' files
-
 
 _WHOLE = "whole-"  # marks what is not one number for each of a parameter's
 
@@ -42,82 +35,105 @@ class Course(NamedTuple):
     """Steps done."""
     learnt: Learnt
     """Dual variables and balanced weights."""
-    since_refresh: int | None
+    since_refresh: int | None = None
     """Steps since the Hessian was refreshed; None before the first time."""
-    clip_fraction: float | None
+    clip_fraction: float | None = None
     """SOUL's share of clipped coordinates in the last step."""
+    bad_steps: int = 0
+    """Steps left out so far because their numbers were not finite."""
+    good: int = 0
+    """The last step after which all guards are known to hold."""
 
 
-class Saving:
-    """Writes checkpoints in a thread, at most one at a time, while training goes on."""
-
-    def __init__(self, setup: Setup, folder: Path, keep: int):
-        self._setup, self._folder, self._keep = setup, folder, keep
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
-
-    def save(self, course: Course) -> None:
-        """Copy the state and write it behind the scenes.
-
-        Raises:
-            TrainingError: when the checkpoint before could not be written.
-        """
-        self.finish()
-        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _tensors(self._setup)}
-        state = {"course": course._asdict(), "scalars": _scalars(self._setup), "world": self._setup.batcher.world}
-        self._thread = threading.Thread(target=self._write, args=(course.step, tensors, state), daemon=True)
-        self._thread.start()
-
-    def finish(self) -> None:
-        """Wait for the checkpoint that is being written. A collective: every rank must call it.
-
-        Raises:
-            TrainingError: on all ranks alike, when one of them could not write.
-        """
-        if self._thread:
-            self._thread.join()
-        self._thread = None
-        failed = torch.tensor(float(self._error is not None), device=self._setup.device)
-        torch.distributed.all_reduce(failed)
-        if failed:
-            raise TrainingError(
-                f"Checkpoint cannot be written (folder={self._folder}): {self._error or 'another rank failed'}. "
-                "Expected space and the right to write. Earlier checkpoints are whole; make room and give the same "
-                "command again."
-            ) from self._error
-
-    def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        try:
-            _write(self._folder, step, self._setup.batcher.rank, tensors, state)
-            if self._setup.batcher.rank == 0:
-                _prune(self._folder, self._keep)
-        except Exception as error:
-            self._error = error
-            with suppress(OSError):
-                receipt = self._folder / f"step-{step:06d}.partial" / f"rank-{self._setup.batcher.rank:04d}.json"
-                receipt.write_text(json.dumps({"error": str(error)}))
+def gathered(value: Any, setup: Setup) -> list[Any]:
+    """Each rank's `value`. A collective."""
+    found: list[Any] = [None] * setup.batcher.world
+    torch.distributed.all_gather_object(found, value)
+    return found
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint; damaged ones are set aside as `….damaged`."""
-    for found in sorted(folder.glob("step-*[0-9]"), reverse=True):
-        if _is_whole(found):
-            return found
-        os.rename(found, found.with_name(f"{found.name}.damaged"))
-    return None
+def resume(setup: Setup, place: Place, at_most: int | None = None) -> tuple[Course | None, list[str]]:
+    """Put the newest whole checkpoint, not after step `at_most`, into the engine. A collective.
+
+    Returns where it leaves off, None when there is none, and lines to tell: damaged ones that were set aside, and what
+    is different now.
+
+    Raises:
+        ConfigError: when it is of another job: other settings, models or rows.
+    """
+    told: list[str] = []
+    listed = files.steps_kept(place) if setup.batcher.rank == 0 else None
+    for step in gathered(listed, setup)[0]:
+        if at_most is not None and step > at_most:
+            continue
+        with tempfile.TemporaryDirectory() as into:
+            problem, saved = None, None
+            try:
+                saved = _Saved(setup, place, step, Path(into))
+            except (OSError, ValueError, KeyError) as error:
+                problem = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+            problems = [text for text in gathered(problem, setup) if text]
+            if not problems:
+                assert saved is not None
+                _check_same_job(setup.job, saved.state, place.path(step))
+                if changes := _changed_split(setup, saved.state):
+                    told.append(f"{changes}: the result is equal up to the order of sums, not to the bit")
+                return _load(setup, saved), told
+        if setup.batcher.rank == 0:
+            files.set_aside(place, step)
+        told.append(f"checkpoint of step {step} is damaged and set aside: {problems[0]}")
+    return None, told
 
 
-def clear_partial(folder: Path) -> None:
-    """Remove what a run that was stopped while writing left behind."""
-    for partial in folder.glob("step-*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+def described(job: Job) -> dict[str, Any]:
+    """What a job must have in common with the one whose checkpoint it goes on from."""
+    from components.config import NOT_PART_OF_TRAINING
+
+    described = job.model_dump(
+        mode="json", include={"objective", "optimizer", "train", "mask", "guards", "seed", "responses_by_row"}
+    )
+    described["train"] = {key: v for key, v in described["train"].items() if key not in NOT_PART_OF_TRAINING}
+    return {**described, "made_from": dict(job.made_from)}
 
 
-def load(setup: Setup, checkpoint: Path) -> Course:
-    """Put the checkpoint's numbers into the engine and its optimizer, whatever ranks and stage wrote them."""
-    state = json.loads((checkpoint / "state.json").read_text())
-    parameters = optimizer_parameters(setup.engine)
-    saved = _Saved(checkpoint)
+def _check_same_job(job: Job, state: dict[str, Any], where: str) -> None:
+    now, then = (dict(_leaves(about)) for about in (described(job), state["job"]))
+    changed = [f"{key}: {then.get(key)} then, {now.get(key)} now" for key in sorted({*now, *then})
+               if now.get(key) != then.get(key)]  # fmt: skip
+    if changed:
+        raise ConfigError(
+            f"Checkpoint is of another job (path={where}; {'; '.join(changed)}). Expected the same settings, model and "
+            "rows. Put back what was changed, or set if_exists=new to start anew beside it."
+        )
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
+
+
+def split_of(setup: Setup) -> dict[str, Any]:
+    """How the work is split, which decides the order of sums."""
+    train = setup.job.train
+    return {
+        "workers": setup.batcher.world, "train.zero_stage": train.zero_stage,
+        "train.micro_batch_size": train.micro_batch_size, "train.packing": train.packing,
+    }  # fmt: skip
+
+
+def _changed_split(setup: Setup, state: dict[str, Any]) -> str:
+    now = split_of(setup)
+    return ", ".join(
+        f"{key} {state['split'][key]} then, {now[key]} now" for key in now if now[key] != state["split"][key]
+    )
+
+
+def _load(setup: Setup, saved: "_Saved") -> Course:
+    """Put the checkpoint's numbers into the engine and its optimizer."""
+    state, parameters = saved.state, optimizer_parameters(setup.engine)
     own = fragments(setup.engine)
     for piece, p in enumerate(parameters):
         mine = [fragment for fragment in own if fragment.piece == piece]
@@ -134,8 +150,10 @@ def load(setup: Setup, checkpoint: Path) -> Course:
     return Course(**state["course"])
 
 
-def _tensors(setup: Setup) -> Iterator[tuple[str, Tensor]]:
-    """(name, numbers) of every fragment on this rank."""
+def tensors_of(setup: Setup) -> Iterator[tuple[str, Tensor]]:
+    """(name, numbers) of every fragment that this rank saves; at stage 0, where all have the same, rank 0 does."""
+    if setup.job.train.zero_stage == 0 and setup.batcher.rank:
+        return
     parameters = optimizer_parameters(setup.engine)
     for fragment in fragments(setup.engine):
         p = parameters[fragment.piece]
@@ -150,7 +168,7 @@ def _tensors(setup: Setup) -> Iterator[tuple[str, Tensor]]:
                 yield f"{fragment.name}@0.{_WHOLE}{what}", tensor
 
 
-def _scalars(setup: Setup) -> dict[str, Any]:
+def scalars_of(setup: Setup) -> dict[str, Any]:
     """Single numbers of the optimizer's state, such as its step count; the same for all parameters."""
     [first, *_] = optimizer_parameters(setup.engine)
     single = {}
@@ -181,22 +199,38 @@ def _target(setup: Setup, piece: int, p: Any, what: str) -> Tensor:
 class _Interval(NamedTuple):
     start: int
     length: int
-    file: Path
+    file: str
     name: str
 
 
 class _Saved:
-    """The fragments of a checkpoint, by parameter and kind, read as they are needed."""
+    """The fragments of a checkpoint that this rank needs, by parameter and kind, read as they are needed.
 
-    def __init__(self, checkpoint: Path):
+    Raises:
+        OSError, ValueError, KeyError: when a file is not as the manifest says, or the manifest no manifest.
+    """
+
+    def __init__(self, setup: Setup, place: Place, step: int, into: Path):
+        listed = files.manifest(place, step)["files"]
         self._places: dict[tuple[str, str], list[_Interval]] = {}
-        self._files = {file: safe_open(file, "pt") for file in sorted(checkpoint.glob("rank-*.safetensors"))}
-        for file, opened in self._files.items():
-            for name in opened.keys():  # noqa: SIM118
+        for file, about in listed.items():
+            for name, length in about.get("tensors", {}).items():
                 parameter, _, rest = name.rpartition("@")
                 start, _, what = rest.partition(".")
-                length = opened.get_slice(name).get_shape()[0]
                 self._places.setdefault((parameter, what), []).append(_Interval(int(start), length, file, name))
+        self.state = json.loads(files.fetch(place, step, "state.json", listed["state.json"], into).read_text())
+        self._files = {
+            file: safe_open(files.fetch(place, step, file, listed[file], into), "pt")
+            for file in sorted(self._needed(fragments(setup.engine)))
+        }
+
+    def _needed(self, own: list[Fragment]) -> set[str]:
+        """Files with numbers of `own`."""
+        needed = set()
+        for fragment in own:
+            for what in self.kinds([fragment]):
+                needed |= {saved.file for saved, *_ in self._overlaps(fragment, what)}
+        return needed
 
     def kinds(self, own: list[Fragment]) -> list[str]:
         """What was saved of the parameters of `own`."""
@@ -210,12 +244,17 @@ class _Saved:
 
     def overlapping(self, fragment: Fragment, what: str) -> Iterator[tuple[int, Tensor]]:
         """(place within the fragment, numbers)."""
+        for saved, first, last in self._overlaps(fragment, what):
+            numbers = self._files[saved.file].get_slice(saved.name)[first - saved.start : last - saved.start]
+            yield first - fragment.start, numbers
+
+    def _overlaps(self, fragment: Fragment, what: str) -> Iterator[tuple[_Interval, int, int]]:
+        """(saved, first, last number of the parameter in both)."""
         end = fragment.start + fragment.length
         for saved in self._places[fragment.name, what]:
             first, last = max(fragment.start, saved.start), min(end, saved.start + saved.length)
-            if first < last:
-                numbers = self._files[saved.file].get_slice(saved.name)[first - saved.start : last - saved.start]
-                yield first - fragment.start, numbers
+            if first < last or what.startswith(_WHOLE):
+                yield saved, first, last
 
 
 def _fill(saved: _Saved, own: list[Fragment], what: str, target: Tensor) -> None:
@@ -232,64 +271,3 @@ def _spread(setup: Setup) -> None:
     with visit_gradients(setup.engine, lambda p: None, "nothing"):
         outputs: Outputs = setup.engine(ids.to(setup.device), nowhere.to(setup.device))
         backward(setup.engine, outputs.nothing(), last=True)
-
-
-def _write(folder: Path, step: int, rank: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """This rank's file, then its receipt; rank 0 waits for all receipts and makes the folder whole."""
-    partial = folder / f"step-{step:06d}.partial"
-    partial.mkdir(parents=True, exist_ok=True)
-    file = partial / f"rank-{rank:04d}.safetensors"
-    save_file(tensors, file)
-    _sync(file)
-    receipt = {"size": file.stat().st_size, "sha256": _sha256(file)}
-    write_whole(partial / f"rank-{rank:04d}.json", json.dumps(receipt))
-    if rank:
-        return
-    write_whole(partial / "state.json", json.dumps(state))
-    _sync(partial / "state.json")
-    files = {"state.json": {"size": (partial / "state.json").stat().st_size, "sha256": _sha256(partial / "state.json")}}
-    deadline = time.monotonic() + _PATIENCE
-    for other in range(state["world"]):
-        theirs = partial / f"rank-{other:04d}.json"
-        while not theirs.exists():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"rank {other} wrote nothing within {_PATIENCE:g} s")
-            time.sleep(0.02)
-        about = json.loads(theirs.read_text())
-        if "error" in about:
-            raise OSError(f"rank {other}: {about['error']}")
-        files[f"rank-{other:04d}.safetensors"] = about
-    write_whole(partial / "manifest.json", json.dumps(files))
-    _sync(partial / "manifest.json")
-    os.rename(partial, folder / f"step-{step:06d}")
-    _sync(folder)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    manifest = checkpoint / "manifest.json"
-    if not manifest.exists():
-        return False
-    return all(
-        (checkpoint / name).is_file()
-        and (checkpoint / name).stat().st_size == about["size"]
-        and _sha256(checkpoint / name) == about["sha256"]
-        for name, about in json.loads(manifest.read_text()).items()
-    )
-
-
-def _prune(folder: Path, keep: int) -> None:
-    for old in sorted(folder.glob("step-*[0-9]"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from components.config import Train
-from components.errors import TrainingError
+from components.errors import BadNumbers
 from components.layers import Watch
 
 
@@ -121,29 +121,34 @@ def optimizer_step(engine: Any, what: str = "the objective") -> float:
     """Clip, update, forget the gradients of `what`. Returns the global gradient norm before clipping.
 
     Raises:
-        TrainingError: on all ranks alike, and without an update, when the norm is not finite.
+        BadNumbers: on all ranks alike, and without an update, when the norm is not finite.
     """
-    norm = _unsharded_norm(engine, what)
-    engine.step()  # with ZeRO it skips the update itself when the norm is not finite
+    norm = _unsharded_norm(engine)
+    if norm is None or _is_good(norm):
+        engine.step()  # with ZeRO it skips the update itself when the norm is not finite
+    else:
+        engine.zero_grad()
     _clear_stale_gradients(engine.optimizer)
     norm = float(engine.get_global_grad_norm()) if norm is None else norm
     _check_norm(norm, what)
     return norm
 
 
-def _unsharded_norm(engine: Any, what: str) -> float | None:
+def _unsharded_norm(engine: Any) -> float | None:
     """Gradient norm at stage 0 in fp32, where DeepSpeed keeps none and would update whatever it is; else None."""
     if engine.optimizer is not engine.basic_optimizer:
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    norm = float(nn.utils.get_total_norm(gradients))
-    _check_norm(norm, what)
-    return norm
+    return float(nn.utils.get_total_norm(gradients))
+
+
+def _is_good(norm: float) -> bool:
+    return math.isfinite(norm) and norm >= 0  # ZeRO says -1 for an overflow
 
 
 def _check_norm(norm: float, what: str) -> None:
-    if not math.isfinite(norm) or norm < 0:  # ZeRO says -1 for an overflow
-        raise TrainingError(
+    if not _is_good(norm):
+        raise BadNumbers(
             f"Gradient of {what} is not finite (norm={norm}). Expected a finite one; no parameter was changed by it. "
             "Lower optimizer.lr or objective.forget.weight, or set train.gradient_clipping."
         )
@@ -158,8 +163,23 @@ def visit_gradients(engine: Any, visit: Callable[[nn.Parameter], None], what: st
     micro-batches of a training step.
 
     Raises:
-        TrainingError: on all ranks alike when the gradient is not finite; nothing is visited then.
+        BadNumbers: on all ranks alike when the gradient is not finite; nothing is visited then.
     """
+    try:
+        yield
+    except BadNumbers:
+        discard_gradients(engine)
+        raise
+    norm = _visit(engine, visit)
+    _check_norm(norm, what)
+
+
+def discard_gradients(engine: Any) -> None:
+    """Forget what `backward` left, on all ranks alike."""
+    _visit(engine, lambda p: None)
+
+
+def _visit(engine: Any, visit: Callable[[nn.Parameter], None]) -> float:
     wrapper = engine.optimizer  # at stage 0 this is the optimizer itself
     optimizer = engine.basic_optimizer
     clip = getattr(wrapper, "clip_grad", None)
@@ -170,21 +190,22 @@ def visit_gradients(engine: Any, visit: Callable[[nn.Parameter], None], what: st
                 if p.grad is not None:
                     visit(p)
 
-    yield
-    norm = _unsharded_norm(engine, what)
+    norm = _unsharded_norm(engine)
     if clip is not None:
         wrapper.clip_grad = 0.0
     optimizer.step = visit_all
     try:
-        with torch.no_grad():
-            wrapper.step()
+        if norm is None or _is_good(norm):
+            with torch.no_grad():
+                wrapper.step()
     finally:
         del optimizer.step
         if clip is not None:
             wrapper.clip_grad = clip
-    _check_norm(float(wrapper._global_grad_norm) if norm is None else norm, what)
+    norm = float(wrapper._global_grad_norm) if norm is None else norm
     (engine if wrapper is optimizer else wrapper).zero_grad()
     _clear_stale_gradients(wrapper)
+    return norm
 
 
 def consolidated_state(engine: Any) -> dict[str, Tensor] | None:

@@ -1,11 +1,13 @@
 """One training job as plain data: everything `train_loop` needs, so that it can cross to any process."""
 
+import json
+import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
-from components.config import Objective, Optimizer, Section, Train, Wagle
+from components.config import Guard, Objective, Optimizer, Section, Train, Wagle
 from components.data.rows import PreparedRows
 from components.data.streams import Plan
 
@@ -19,8 +21,14 @@ class Job(Section):
     """Folder to write the trained model to."""
     metrics: str
     """File to which rank 0 appends one JSON line a step."""
+    events: str | None = None
+    """File to which rank 0 appends one JSON line for whatever happens beside the steps."""
+    stop: str | None = None
+    """File that somebody makes when training is to end with a checkpoint."""
     checkpoints: str | None = None
-    """Folder for checkpoints, of which the newest whole one is gone on from; None for neither."""
+    """Folder or address for checkpoints, of which the newest whole one is gone on from; None for neither."""
+    made_from: dict[str, str] = Field(default={})
+    """Digests of model and rows: a checkpoint made from others is refused."""
     forget: str | None = None
     """Folders of prepared rows; None when no term uses them."""
     normal: str | None = None
@@ -33,6 +41,7 @@ class Job(Section):
     optimizer: Optimizer
     train: Train
     mask: Wagle | None = None
+    guards: list[Guard] = Field(default=[])
     responses_by_row: bool = False
     """Row i of `random` belongs to row i of `forget`."""
     seed: int
@@ -72,3 +81,10 @@ def make_plan(job: Job, sets: Sets) -> Plan:
 def total_steps(job: Job, plan: Plan) -> int:
     """Optimizer steps of the whole job."""
     return job.train.steps or job.train.epochs * plan.steps_per_epoch
+
+
+def note(job: Job, event: str, text: str, **facts: Any) -> None:
+    """Append to the job's events; for rank 0."""
+    if job.events:
+        with open(job.events, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"time": time.time(), "event": event, "text": text, **facts}) + "\n")

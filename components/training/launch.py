@@ -1,29 +1,48 @@
-"""Start a training job: in this process (`workers: 0`) or on Ray Train workers."""
+"""A training job, in this process (`workers: 0`) or on Ray Train: start it, replace workers that die, stop it."""
 
 import gc
 import itertools
 import os
 import shutil
+import signal
+import threading
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from components.batch_inference import hide_gpus
-from components.errors import ClusterError, TrainingError, own_error
-from components.training.job import Job
+from components.errors import ClusterError, Stopped, TrainingError, own_error
+from components.training.job import Job, note
+
+_NODE_PATIENCE = 600.0  # seconds that a run waits for the cluster to replace a node
 
 
-def run_job(job: Job, scratch: Path, tell: Callable[[str], None] | None = None) -> dict[str, Any]:
+def run_job(job: Job, scratch: Path) -> dict[str, Any]:
     """Run `job` to its end and return what rank 0's loop returned. `scratch` is for Ray Train's own files.
 
-    Workers that die are replaced up to `train.max_failures` times, which `tell` gets a line about; the new ones go on
-    from the newest checkpoint.
+    Workers that die are replaced up to `train.max_failures` times; the new ones go on from the newest checkpoint.
+    Ctrl-C and SIGTERM make it stop after the present step, with a checkpoint; a second one stops it at once. All of
+    that stands in `job.events`.
 
     Raises:
+        Stopped: after a signal, when the checkpoint is written.
         ClusterError: when the cluster is smaller than asked for.
         TrainingError, DataError, ModelError: as the loop raised it, or when workers died too often.
     """
+    if job.stop:
+        Path(job.stop).unlink(missing_ok=True)
+    with _signals_stop(job) as caught:
+        outcome = _attempts(job, scratch)
+    if outcome["stopped"]:
+        number = caught[0] if caught else signal.SIGTERM
+        raise Stopped(f"Stopped after step {outcome['steps']}; the same command goes on from there.", number)
+    return outcome
+
+
+def _attempts(job: Job, scratch: Path) -> dict[str, Any]:
     if job.train.workers == 0:
         return _run_here(job)
     for attempt in itertools.count(1):
@@ -32,8 +51,8 @@ def run_job(job: Job, scratch: Path, tell: Callable[[str], None] | None = None) 
         except WorkersDied as died:
             if attempt > job.train.max_failures:
                 raise died.told from died
-            if tell:
-                tell(f"{died.told} Attempt {attempt + 1} of {job.train.max_failures + 1}")
+            note(job, "failure", f"{died.told} Attempt {attempt + 1} of {job.train.max_failures + 1}", attempt=attempt)
+            _await_cluster(job)
     raise AssertionError
 
 
@@ -43,6 +62,30 @@ class WorkersDied(Exception):
     def __init__(self, told: TrainingError):
         super().__init__(str(told))
         self.told = told
+
+
+@contextmanager
+def _signals_stop(job: Job) -> Iterator[list[int]]:
+    """Inside, the first Ctrl-C or SIGTERM makes the file `job.stop`, the second raises. Yields those that came."""
+    caught: list[int] = []
+    if job.stop is None or threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        caught.append(number)
+        if len(caught) > 1:
+            raise Stopped("Stopped at once; what was done since the last checkpoint is lost.", number)
+        Path(job.stop or "").touch()
+        name = signal.Signals(number).name
+        note(job, "stop", f"{name}: stopping after this step, with a checkpoint; once more stops at once")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run_here(job: Job) -> dict[str, Any]:
@@ -66,7 +109,7 @@ def _run_here(job: Job) -> dict[str, Any]:
 def _run_on_ray(job: Job, scratch: Path) -> dict[str, Any]:
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     check_cluster(job.train.workers, job.train.cpus_per_worker, job.train.gpus_per_worker)
     resources = {"CPU": job.train.cpus_per_worker}
@@ -77,6 +120,7 @@ def _run_on_ray(job: Job, scratch: Path) -> dict[str, Any]:
     trainer: Any = TorchTrainer(
         cast(Any, _worker),
         train_loop_config={"job": job.model_dump(mode="json")},
+        torch_config=TorchConfig(timeout_s=int(max(1, job.train.timeout))),
         scaling_config=ScalingConfig(
             num_workers=job.train.workers, use_gpu=job.train.gpus_per_worker > 0, resources_per_worker=resources
         ),
@@ -88,11 +132,47 @@ def _run_on_ray(job: Job, scratch: Path) -> dict[str, Any]:
         ),
     )
     try:
-        return trainer.fit().return_value
-    except ray.train.TrainingFailedError as error:
+        return _in_thread(trainer.fit).return_value
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         raise _worker_error(error) from error
     finally:
         shutil.rmtree(scratch / name, ignore_errors=True)
+
+
+def _in_thread(call: Callable[[], Any]) -> Any:
+    """`call()`, made where Ray Train does not put its own hand on Ctrl-C, while this thread takes signals."""
+    found: list[Any] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(call())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="training", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if failed:
+        raise failed[0]
+    return found[0]
+
+
+def _await_cluster(job: Job) -> None:
+    """Wait for the nodes that the job needs: after one died, its successor may take minutes to come."""
+    deadline = time.monotonic() + _NODE_PATIENCE
+    while True:
+        try:
+            check_cluster(job.train.workers, job.train.cpus_per_worker, job.train.gpus_per_worker)
+            return
+        except ClusterError:
+            if job.stop and Path(job.stop).exists():
+                told = "Stopped while waiting for nodes; the same command goes on from the newest checkpoint."
+                raise Stopped(told, signal.SIGTERM) from None
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 def check_cluster(workers: int, cpus: float, gpus: float) -> None:
@@ -125,7 +205,10 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         hide_gpus()
         torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
     context = ray.train.get_context()
-    return train_loop(job, context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    return train_loop(
+        job, context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device(),
+        notice=lambda: ray.train.get_preemption_info() is not None,
+    )  # fmt: skip
 
 
 def _worker_error(error: Any) -> Exception:

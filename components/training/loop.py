@@ -3,107 +3,113 @@
 import json
 import resource
 import time
+import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from components.config import Influence, Objective, Soul
-from components.files import whole_folder, write_whole
+from components.errors import BadNumbers, TrainingError
+from components.files import whole_folder, write_whole, writing
 from components.models import check_packing, hidden_size, load_model, quiet_libraries
-from components.objectives.weights import balance_due, balanced, dual_step, first_learnt, weights_at
-from components.optimizers.choose import learning_rate, make_optimizer
-from components.optimizers.soul import refresh_due
-from components.training.batches import Batcher, MicroBatch
-from components.training.checkpoint import Course, Saving, clear_partial, load, newest
-from components.training.curvature import refresh_curvature
-from components.training.engine import Outputs, consolidated_state, optimizer_parameters, optimizer_step, start_engine
-from components.training.gradients import choose_mask, hold, measure
-from components.training.job import Job, make_plan, open_sets, total_steps
-from components.training.losses import combined, steering_direction
-from components.training.passes import Setup, Step, accumulate, sum_over_ranks
+from components.objectives.weights import first_learnt
+from components.optimizers.choose import make_optimizer
+from components.training.batches import Batcher
+from components.training.checkpoint import Course, gathered, resume
+from components.training.checkpoint_files import Place, best_step, clear_unfinished
+from components.training.engine import (
+    consolidated_state,
+    optimizer_parameters,
+    start_engine,
+)
+from components.training.gradients import choose_mask, hold
+from components.training.guards import PROBE, broken, probe, seen_good
+from components.training.job import Job, make_plan, note, open_sets, total_steps
+from components.training.losses import steering_direction
+from components.training.passes import Setup
 from components.training.reference import Reference
+from components.training.saving import Saving, check_room
+from components.training.step import leave_out, one_step, step_of
 from components.training.trainable import answer_model, save_result
 
+_NOTICE_SECONDS = 2.0  # between two questions whether a machine is about to go
 
-def train_loop(job: Job, rank: int, world: int, device: torch.device) -> dict[str, Any]:
+
+def train_loop(
+    job: Job, rank: int, world: int, device: torch.device, notice: Callable[[], bool] | None = None
+) -> dict[str, Any]:
     """Train `job.model` and write the result to `job.output`. torch.distributed must be up, with `world` ranks.
 
-    Returns the number of steps and seconds; the course of training is in `job.metrics`.
+    `notice` is asked by all ranks together, every few seconds, whether one of them is about to lose its machine.
+
+    Returns the number of steps behind the result, seconds, and `stopped`: True when somebody made the file `job.stop`,
+    in which case there is a checkpoint and no result. The course of training is in `job.metrics` and `job.events`.
 
     Raises:
-        TrainingError: on all ranks alike when a loss is not finite, before any parameter changes.
+        TrainingError: on all ranks alike when more than `train.max_bad_steps` steps had a loss or gradient that is not
+            finite, or a guard was broken before any checkpoint.
+        StorageError: on all ranks alike when a checkpoint or the model cannot be written.
     """
     quiet_libraries()
     before = _memory_at_start(device)
     setup, steps = set_up(job, rank, world, device)
-    setup, course = _resumed(setup, steps)
-    saving = Saving(setup, Path(job.checkpoints), job.train.keep_checkpoints) if job.checkpoints else None
-    objective, plan, optimizer = job.objective, setup.batcher.plan, setup.optimizer
-    learnt, since_refresh, clip_fraction = course.learnt, course.since_refresh, course.clip_fraction
-    started = time.perf_counter()
+    place = Place(job.checkpoints) if job.checkpoints else None
+    setup, course = _resumed(setup, place, steps)
+    saving = Saving(setup, place, gathered(uuid.uuid4().hex[:8], setup)[0]) if place else None
+    seen = {guard.metric: course.good for guard in job.guards}
+    guard = stopped = None
+    started = looked = time.perf_counter()
+    noticed = False
 
-    for number in range(course.step, steps):
+    while course.step < steps and not stopped and not guard:
         step_started = time.perf_counter()
-        step = step_of(setup, number)
-        weights = weights_at(objective, number, steps, plan.steps_per_epoch, learnt)
-        measured: dict[str, float] = {}
-        if to_balance := balance_due(objective, number):
-            norms, _ = measure(setup, step, to_balance)
-            learnt = balanced(objective, learnt, weights, norms)
-            weights = weights_at(objective, number, steps, plan.steps_per_epoch, learnt)
-        if _angle_due(job, number):
-            measured = _angle(setup, step)
-        if isinstance(job.optimizer, Influence):
-            refresh_curvature(setup, step, weights)
-        elif isinstance(job.optimizer, Soul):
-            if refresh_due(job.optimizer, since_refresh, clip_fraction):
-                _refresh(setup, step, weights)
-                since_refresh = 0
-            since_refresh = (since_refresh or 0) + 1
-        rate = learning_rate(job.optimizer.lr, job.train, number, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-
-        totals, tokens = objective_backward(setup, step, weights)
-        grad_norm = optimizer_step(setup.engine, f"the objective at step {number + 1}")
-        if isinstance(job.optimizer, Soul):
-            optimizer.own_square = None  # type: ignore[attr-defined]
-            measured["train/clip_fraction"] = clip_fraction = _clip_fraction(setup)
-        learnt = dual_step(objective, learnt, {g: totals[f"{g}_loss"] for g in learnt}, number // plan.steps_per_epoch)
-        memory = _over_ranks(torch.tensor(_peak_memory(device) - before, device=device), torch.distributed.ReduceOp.MAX)
+        try:
+            course, measured, tokens, rows = one_step(setup, course, steps)
+        except BadNumbers as bad:
+            course, measured, tokens, rows = leave_out(setup, course, bad)
+        number = course.step
+        if job.train.probe and (number % job.train.probe.every == 0 or number == steps):
+            measured[PROBE] = probe(setup, job.train.probe, steps)
+        guard = broken(job.guards, measured)
+        if not guard:
+            course = course._replace(good=seen_good(job.guards, measured, number, seen))
+        asked = rank == 0 and job.stop is not None and Path(job.stop).exists()
+        due = rank == 0 and time.perf_counter() - looked > _NOTICE_SECONDS
+        memory, stopped, look = _largest(setup, _peak_memory(device) - before, asked, notice is not None and due)
         if rank == 0:
             seconds = time.perf_counter() - step_started
             line = {
-                "time": time.time(),
-                "step": number + 1,
-                "steps": steps,
-                **{f"train/{name}": value for name, value in totals.items()},
-                **{f"train/{group}_weight": weights[group] for group in _varying(objective)},
-                **measured,
-                "train/grad_norm": grad_norm,
-                "train/lr": rate,
-                "perf/tokens_per_second": tokens / seconds,
-                "perf/step_seconds": seconds,
+                "time": time.time(), "step": number, "steps": steps, "rows": rows, **measured,
+                "perf/tokens_per_second": tokens / seconds, "perf/step_seconds": seconds,
                 "perf/memory_gib": memory / 2**30,
-            }
-            with open(job.metrics, "a", encoding="utf-8") as stream:
+            }  # fmt: skip
+            with writing("Metrics", job.metrics), open(job.metrics, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
-        if saving and job.train.checkpoint_every and (number + 1) % job.train.checkpoint_every == 0:
-            saving.save(Course(number + 1, learnt, since_refresh, clip_fraction))
+        just_in_time = False
+        if look and notice is not None:
+            looked = time.perf_counter()
+            just_in_time = notice() and not noticed
+            noticed = noticed or just_in_time
+            if just_in_time and rank == 0:
+                note(job, "notice", f"a machine is about to go: checkpoint after step {number}", step=number)
+        if saving and not guard and (stopped or just_in_time or _checkpoint_due(job, number, steps)):
+            saving.save(course, measured.get(job.train.checkpoint_best.metric) if job.train.checkpoint_best else None)
 
     if saving:
         saving.finish()
     seconds = time.perf_counter() - started
+    if stopped and course.step < steps:
+        return _ended(setup, course, seconds, stopped=True)
+    if guard or job.train.checkpoint_best:
+        course = _gone_back(setup, place, course, guard)
     state = consolidated_state(setup.engine)
     if rank == 0 and state is not None:
-        with whole_folder(Path(job.output)) as folder:
+        needed = sum(tensor.nbytes for tensor in state.values())
+        with writing("Model", job.output, needed), whole_folder(Path(job.output)) as folder:
             save_result(job, setup.engine.module.model, state, folder)
-    torch.distributed.barrier()
-    setup.engine.destroy()
-    return {"steps": steps, "seconds": seconds, "world": world}
+    return _ended(setup, course, seconds, stopped=False)
 
 
 def make_batcher(job: Job, rank: int, world: int, device: torch.device) -> Batcher:
@@ -129,90 +135,66 @@ def set_up(job: Job, rank: int, world: int, device: torch.device) -> tuple[Setup
     return Setup(job, batcher, optimizer, engine, device, direction), steps
 
 
-def _resumed(setup: Setup, steps: int) -> tuple[Setup, Course]:
+def _resumed(setup: Setup, place: Place | None, steps: int) -> tuple[Setup, Course]:
     """The setup with its masks, at the newest whole checkpoint or at the start."""
     job, rank = setup.job, setup.batcher.rank
-    found: list[str | None] = [None]
-    if job.checkpoints and rank == 0:
-        clear_partial(Path(job.checkpoints))
-        found = [str(checkpoint) if (checkpoint := newest(Path(job.checkpoints))) else None]
-    torch.distributed.broadcast_object_list(found, device=setup.device)
-    if found[0] is None and job.mask:
-        first = [step_of(setup, number) for number in range(min(job.mask.batches, steps))]
-        setup = setup._replace(masks=choose_mask(setup, job.mask, first))
-    elif job.mask:
+    if job.mask:  # filled by a checkpoint, else chosen
         setup = setup._replace(
             masks=[torch.zeros_like(p, dtype=torch.bool) for p in optimizer_parameters(setup.engine)]
         )
-    course = load(setup, Path(found[0])) if found[0] else Course(0, first_learnt(job.objective), None, None)
+    course = None
+    if place:
+        if rank == 0:
+            clear_unfinished(place)
+            check_room(setup, place)
+        course, told = resume(setup, place)
+        for text in told if rank == 0 else []:
+            note(job, "checkpoint", text)
+    if course is None and job.mask:
+        first = [step_of(setup, number) for number in range(min(job.mask.batches, steps))]
+        setup = setup._replace(masks=choose_mask(setup, job.mask, first))
     if setup.masks is not None:
         hold(setup)
     if rank == 0:  # what was done after the checkpoint is done again
-        _keep_lines(Path(job.metrics), course.step)
-    return setup, course
+        _keep_lines(Path(job.metrics), course.step if course else 0)
+        if course:
+            note(job, "resumed", f"going on after step {course.step}", step=course.step)
+    return setup, course or Course(0, first_learnt(job.objective))
+
+
+def _checkpoint_due(job: Job, number: int, steps: int) -> bool:
+    every = job.train.checkpoint_every
+    return every is not None and (number % every == 0 or (number == steps and job.train.checkpoint_best is not None))
+
+
+def _gone_back(setup: Setup, place: Place | None, course: Course, guard: str | None) -> Course:
+    """The checkpoint that is to become the model: the last within all guards, or the best."""
+    assert place is not None
+    job, best = setup.job, setup.job.train.checkpoint_best
+    step = course.good if guard else best_step(place, best.mode) if best else None
+    if step == course.step:
+        return course
+    found = resume(setup, place, at_most=step)[0] if step is not None else None
+    if found is None and guard:
+        raise TrainingError(
+            f"A guard was broken before any checkpoint ({guard} in step {course.step}). Expected some steps within all "
+            "guards. Lower optimizer.lr or train.checkpoint_every, or loosen the guard."
+        )
+    if found and setup.batcher.rank == 0:
+        why = f"guard: {guard} in step {course.step}" if guard else f"best {best.metric}" if best else ""
+        note(job, "guard" if guard else "best", f"{why}; the model is that of step {found.step}", step=found.step)
+    return found or course
+
+
+def _ended(setup: Setup, course: Course, seconds: float, stopped: bool) -> dict[str, Any]:
+    torch.distributed.barrier()
+    setup.engine.destroy()
+    return {"steps": course.step, "seconds": seconds, "world": setup.batcher.world, "stopped": stopped}
 
 
 def _keep_lines(metrics: Path, steps: int) -> None:
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
     write_whole(metrics, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps))
-
-
-def step_of(setup: Setup, number: int) -> Step:
-    """The rows of step `number`, from 0, and their counts."""
-    rows = setup.batcher.plan.step_rows(number)
-    return Step(number, rows, setup.batcher.counts(rows))
-
-
-def objective_backward(setup: Setup, step: Step, weights: dict[str, float]) -> tuple[dict[str, float], float]:
-    """(what to log, input tokens), over all ranks, with the gradients of the objective left in the engine.
-
-    Raises:
-        TrainingError: on all ranks alike when a term is not finite.
-    """
-    sums: dict[str, Tensor] = {}
-    of_terms = combined(setup, step, weights)
-
-    def loss(outputs: Outputs, batch: MicroBatch) -> Tensor:
-        value, parts = of_terms(outputs, batch)
-        for name, part in parts.items():
-            sums[name] = sums.get(name, torch.zeros((), device=setup.device)) + part
-        return value
-
-    tokens = accumulate(setup, step, setup.job.objective.groups(), loss, what=None)
-    totals = sum_over_ranks({**sums, "tokens": torch.tensor(float(tokens), device=setup.device)}, setup, step)
-    return totals, totals.pop("tokens")
-
-
-def _refresh(setup: Setup, step: Step, weights: dict[str, float]) -> None:
-    """Renew SOUL's Hessian, or have the next step do it with its own gradient."""
-    config = setup.job.optimizer
-    assert isinstance(config, Soul)
-    if config.curvature == "squared_gradient" and config.curvature_of == "all":
-        tokens = sum(step.counts[group] for group in weights)
-        setup.optimizer.own_square = config.batch_factor or float(tokens)  # type: ignore[attr-defined]
-    else:
-        refresh_curvature(setup, step, weights)
-
-
-def _varying(objective: Objective) -> list[str]:
-    return [group for group, term in objective.terms().items() if not isinstance(term.weight, float)]
-
-
-def _angle_due(job: Job, step: int) -> bool:
-    every = job.train.gradient_cosine_every
-    return every is not None and step % every == 0 and {"forget", "normal"} <= {*job.objective.terms()}
-
-
-def _angle(setup: Setup, step: Step) -> dict[str, float]:
-    norms, cosine = measure(setup, step, ("forget", "normal"))
-    found = {f"train/{group}_grad_norm": norm for group, norm in norms.items()}
-    return found if cosine is None else found | {"train/gradient_cosine": cosine}
-
-
-def _clip_fraction(setup: Setup) -> float:
-    counts = torch.tensor(setup.optimizer.take_clip_counts(), dtype=torch.float64, device=setup.device)  # type: ignore[attr-defined]
-    torch.distributed.all_reduce(counts)
-    return float(counts[0] / counts[1])
 
 
 def _memory_at_start(device: torch.device) -> float:
@@ -232,7 +214,8 @@ def _peak_memory(device: torch.device) -> float:
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def _over_ranks(value: Tensor, how: Any) -> float:
-    value = value.double()
-    torch.distributed.all_reduce(value, how)
-    return float(value)
+def _largest(setup: Setup, *values: float) -> list[Any]:
+    """Of each value, the largest of all ranks'."""
+    found = torch.tensor(values, dtype=torch.float64, device=setup.device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return found.tolist()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from components.data.streams import StepRows
-from components.errors import TrainingError
+from components.errors import BadNumbers
 from components.training.batches import Batcher, MicroBatch, to_device
 from components.training.engine import Outputs, backward
 from components.training.job import Job
@@ -50,7 +50,7 @@ def accumulate(
     The losses of all micro-batches and ranks are to add up to the one whose gradient is wanted.
 
     Raises:
-        TrainingError: on all ranks alike, naming `what` it was the loss of, when their sum is not finite; with None
+        BadNumbers: on all ranks alike, naming `what` it was the loss of, when their sum is not finite; with None
             that is left to the caller.
     """
     total = torch.zeros((), device=setup.device)
@@ -71,7 +71,7 @@ def sum_over_ranks(sums: dict[str, Tensor], setup: Setup, step: Step) -> dict[st
     """The numbers added up over the ranks. Every rank has the same names in the same order: one all-reduce serves all.
 
     Raises:
-        TrainingError: on all ranks alike, naming step, numbers and ranks, when some are not finite.
+        BadNumbers: on all ranks alike, naming step, numbers and ranks, when some are not finite.
     """
     mine = torch.stack([value.double() for value in sums.values()])
     values = mine.clone()
@@ -80,10 +80,12 @@ def sum_over_ranks(sums: dict[str, Tensor], setup: Setup, step: Step) -> dict[st
     if bad := [name for name, value in totals.items() if not abs(value) < float("inf")]:
         every = [torch.empty_like(mine) for _ in range(setup.batcher.world)]
         torch.distributed.all_gather(every, mine)
-        ranks = [str(rank) for rank, theirs in enumerate(every) if not torch.isfinite(theirs).all()]
-        raise TrainingError(
-            f"Loss is not finite at step {step.number + 1} ({', '.join(bad)}; on rank {', '.join(ranks) or 'none'}). "
-            "No parameter was changed by this step. Lower optimizer.lr or objective.forget.weight, or set "
-            "train.gradient_clipping."
+        ranks = [rank for rank, theirs in enumerate(every) if not torch.isfinite(theirs).all()]
+        error = BadNumbers(
+            f"Loss is not finite at step {step.number + 1} ({', '.join(bad)}; on rank "
+            f"{', '.join(map(str, ranks)) or 'none'}). No parameter was changed by this step. Lower optimizer.lr or "
+            "objective.forget.weight, or set train.gradient_clipping."
         )
+        error.ranks = tuple(ranks)
+        raise error
     return totals

@@ -29,7 +29,7 @@ def answer_model(model: Any, job: Job) -> AnswerModel:
         if all(getattr(term, "layer", None) is not None for term in job.objective.terms().values()):
             for p in parameters_above(model, layer):  # no gradient comes there; weight decay must not either
                 p.requires_grad_(False)
-            ends = not _needs_logits(job) and cut_after(model, layer)
+            ends = not job.train.probe and not _needs_logits(job) and cut_after(model, layer)
     if job.train.lora:
         add_adapters(model, job.train.lora, job.seed)
     if job.train.trainable:

@@ -1,0 +1,432 @@
+"""Real faults: processes, nodes and servers that are killed, disks that are full. Nothing is lost, nothing doubled."""
+
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from components.errors import StorageError
+from components.training.checkpoint_files import MANIFEST, Place, steps_kept
+from components.training.job import Job
+from components.training.launch import run_job
+from tests.drive import on_two_ranks
+from tests.test_checkpoint import GRAD_DIFF, job_of
+from tests.test_pipelines import ROOT, SMALL, command
+from tests.training import distance, events, lines, run, saved, weights
+
+pytestmark = pytest.mark.faults
+SPLIT = {"workers": 2, "zero_stage": 3, "micro_batch_size": 2, "steps": 30, "checkpoint_every": 3}
+
+
+@pytest.fixture(scope="module")
+def straight(storage: Path) -> dict[str, Job]:
+    """Undisturbed runs that have been made, by their precision."""
+    return {}
+
+
+def job_like(make_job: Any, name: str, dtype: str, **changes: Any) -> Job:
+    patient = {"type": "custom", "import_path": "tests.custom_terms.patient_ascent"}
+    return job_of(
+        make_job, name, {"objective": {**GRAD_DIFF, "forget": patient}, "train": {**SPLIT, "dtype": dtype, **changes}}
+    )
+
+
+def check_same(make_job: Any, straight: dict[str, Job], found: Job, storage: Path) -> None:
+    """Same model, same optimizer state, same rows in the same order, each step once: to the bit."""
+    dtype = found.train.dtype
+    if dtype not in straight:
+        job = job_like(make_job, "straight", dtype)
+        job = job.model_copy(
+            update={
+                key: str(storage / f"straight-{dtype}{key}") for key in ("output", "metrics", "checkpoints", "events")
+            }
+        )
+        run(job, storage)
+        straight[dtype] = job
+    expected = straight[dtype]
+    ours, theirs = weights(found), weights(expected)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    states = [saved(job, 30) for job in (found, expected)]
+    assert states[0].keys() == states[1].keys()
+    assert {key.rpartition(".")[2] for key in states[0]} == {"weights", "exp_avg", "exp_avg_sq"}
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert [(line["step"], line["rows"]) for line in lines(found)] == [
+        (line["step"], line["rows"]) for line in lines(expected)
+    ]
+
+
+def steps_done(metrics: str) -> int:
+    try:
+        return len(Path(metrics).read_text().splitlines())
+    except OSError:
+        return 0
+
+
+def when(reached: Callable[[], bool], act: Callable[[], None], patience: float = 120) -> threading.Event:
+    """Do `act` in a thread as soon as `reached`. Returns what is set when it is done."""
+    done = threading.Event()
+
+    def wait() -> None:
+        deadline = time.monotonic() + patience
+        while not reached() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        act()
+        done.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    return done
+
+
+def train_workers() -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+
+
+def start(job: Job, folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+    """The job in a process of its own, with its own process group."""
+    file = folder / "job.json"
+    file.write_text(job.model_dump_json())
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.drive", str(file), *arguments], start_new_session=True, stderr=subprocess.PIPE,
+        env={**os.environ, **environment}, cwd=Path(__file__).parents[1], text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def cluster_address(ray_cluster: None) -> str:
+    import ray
+
+    return ray.get_runtime_context().gcs_address
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "to_worker", "to_driver"),
+    [("fp32", signal.SIGKILL, signal.SIGTERM), ("bf16", signal.SIGSTOP, signal.SIGINT)],
+)
+def test_one_run_survives_everything_that_happens_to_its_processes(
+    make_job: Any, tmp_path: Path, cluster_address: str, dtype: str, to_worker: int, to_driver: int, straight: Any,
+    storage: Path,
+) -> None:  # fmt: skip
+    """One of two Ray workers is killed or hangs, then the driver is killed, then stopped; each at a random step."""
+    from ray.util import placement_group_table
+
+    job = job_like(make_job, "hard-life", dtype, timeout=10)
+    random_ = random.Random(dtype)
+    first, second, third = random_.randrange(4, 8), random_.randrange(12, 16), random_.randrange(20, 24)
+
+    hit = when(lambda: steps_done(job.metrics) >= first, lambda: train_workers()[-1].send_signal(to_worker))
+    process = start(job, tmp_path, RAY_ADDRESS=cluster_address)
+    assert when(lambda: hit.is_set() and steps_done(job.metrics) >= second, process.kill).wait(180)
+    process.wait()
+    told = [event for event in events(job) if event["event"] == "failure"]
+    assert len(told) == 1
+    assert "Attempt 2 of 4" in told[0]["text"]
+
+    deadline = time.monotonic() + 30  # no actor and no placement group of the dead driver lives on
+    while time.monotonic() < deadline and (left := living(placement_group_table()) or train_workers()):
+        time.sleep(0.5)
+    assert not left
+
+    process = start(job, tmp_path, RAY_ADDRESS=cluster_address)
+    assert when(lambda: steps_done(job.metrics) >= third, lambda: process.send_signal(to_driver)).wait(120)
+    assert process.wait(60) == 128 + to_driver
+    assert "the same command goes on from there" in process.communicate()[1]
+    reached = steps_done(job.metrics)
+    assert reached < 30
+    assert steps_kept(Place(job.checkpoints or ""))[0] == reached
+
+    process = start(job, tmp_path, RAY_ADDRESS=cluster_address)
+    assert process.wait(180) == 0, process.communicate()[1]
+    assert [event["event"] for event in events(job)].count("resumed") == 3
+    check_same(make_job, straight, job, storage)
+
+
+def living(groups: dict[str, Any]) -> list[str]:
+    return [name for name, group in groups.items() if group["state"] != "REMOVED"]
+
+
+@pytest.mark.parametrize("how", ["kill", "drain"])
+def test_a_node_goes(make_job: Any, tmp_path: Path, how: str, straight: Any, storage: Path) -> None:
+    """One of three nodes; that it was announced is no failure, and the checkpoint is made in time."""
+    job = job_like(make_job, how, "fp32", max_failures=1 if how == "kill" else 0, checkpoint_every=30)
+    file = tmp_path / "job.json"
+    file.write_text(job.model_dump_json())
+    short = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)  # a socket's path must be
+    environment = {
+        **os.environ, "RAY_TMPDIR": short.name, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
+        "PATIENCE": "0.3" if how == "drain" else "0",
+    }  # fmt: skip
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.nodes", str(file), how], env=environment, cwd=ROOT, capture_output=True,
+        text=True, timeout=240,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout.splitlines()[-1])["nodes"] == 2
+    told = [event["event"] for event in events(job)]
+    assert told == (["failure"] if how == "kill" else ["notice", "resumed"])
+    check_same(make_job, straight, job, storage)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_killed_while_a_checkpoint_is_written(
+    make_job: Any, tmp_path: Path, dtype: str, straight: Any, storage: Path
+) -> None:
+    """SIGKILL of all processes when the files of step 12 are there and its manifest is not."""
+    job = job_like(make_job, "writing", dtype)
+    folder = Path(job.checkpoints or "") / "step-000012"
+
+    def is_writing() -> bool:
+        return any(folder.glob("rank-*")) and not (folder / MANIFEST).exists()
+
+    process = start(job, tmp_path, "0.1")
+    assert when(is_writing, lambda: os.killpg(process.pid, signal.SIGKILL)).wait(120)
+    process.wait()
+    assert not (folder / MANIFEST).exists()
+    assert steps_kept(Place(job.checkpoints or "")) == [9, 6]
+    on_two_ranks(tmp_path / "job.json")
+    assert "going on after step 9" in [event["text"] for event in events(job)]
+    check_same(make_job, straight, job, storage)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_other_numbers_of_workers_go_on_from_each_others_checkpoints(make_job: Any, tmp_path: Path, stage: int) -> None:
+    """6 steps on 2 ranks, then 6 on 1, and the other way round: as 12 straight steps, every row as often."""
+    case = {"train": {"zero_stage": stage, "micro_batch_size": 2, "steps": 12, "checkpoint_every": 6}}
+    expected = job_of(make_job, "straight", case)
+    run(expected, tmp_path)
+    for name, first, second in (("2to1", 2, 1), ("1to2", 1, 2)):
+        job = job_of(make_job, name, case)
+        file = tmp_path / f"{name}.json"
+        file.write_text(job.model_dump_json())
+        for ranks in (first, second):
+            on_two_ranks(file) if ranks == 2 else run_job(job, tmp_path)
+            if ranks == first and steps_kept(Place(job.checkpoints or ""))[0] == 12:
+                for path in sorted((Path(job.checkpoints or "") / "step-000012").iterdir()):
+                    path.unlink()
+                for path in Path(job.output).iterdir():
+                    path.unlink()
+                Path(job.output).rmdir()
+        assert distance(weights(job), weights(expected)) < 1e-5
+        assert [line["rows"] for line in lines(job)] == [line["rows"] for line in lines(expected)]
+        told = f"workers {first} then, {second} now: the result is equal up to the order of sums, not to the bit"
+        assert told in [event["text"] for event in events(job)]
+
+
+# --- disks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """2 MiB, as a file system of its own."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints_whole(
+    make_job: Any, tmp_path: Path, small_disk: Path
+) -> None:
+    """It fills while the run goes on; when there is room again, the same command gives the same model."""
+    expected = run(job_of(make_job, "straight", {}), tmp_path)
+    job = job_of(make_job, "full", {}, keep_checkpoints=1)
+    job = job.model_copy(update={"checkpoints": str(small_disk / "checkpoints")})
+
+    def fill() -> None:
+        free = os.statvfs(small_disk)
+        (small_disk / "other").write_bytes(bytes(free.f_bavail * free.f_frsize - 100_000))
+
+    filled = when(lambda: steps_kept(Place(job.checkpoints or "")) == [3], fill)
+    with pytest.raises(StorageError, match=r"Checkpoint cannot be written .*bytes needed=.*No space left on device"):
+        run_job(job, tmp_path)
+    assert filled.is_set()
+    [kept] = steps_kept(Place(job.checkpoints or ""))
+    assert kept < 9
+    with pytest.raises(StorageError, match="Checkpoints would not fit"):
+        run_job(job, tmp_path)
+    (small_disk / "other").unlink()
+    found = run(job, tmp_path)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert f"going on after step {kept}" in [event["text"] for event in events(job)]
+
+
+def test_a_read_only_disk_is_named(make_job: Any, tmp_path: Path, small_disk: Path) -> None:
+    job = job_of(make_job, "locked", {}).model_copy(update={"output": str(small_disk / "model"), "checkpoints": None})
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(StorageError, match=r"Model cannot be written .*Read-only file system"):
+        run_job(job, tmp_path)
+
+
+# --- whole commands, MLflow -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small recipe, trained longer, without evaluation."""
+    folder = tmp_path_factory.mktemp("faults")
+    train = {**SMALL["train"], "workers": 0, "steps": 150, "checkpoint_every": 20}
+    changed = {"train": train, "evaluation": {"sets": {}}, "gates": [], "storage": str(folder / "runs")}
+    file = folder / "small.yaml"
+    file.write_text(yaml.safe_dump({**SMALL, **changed}))
+    made = command("finetune", str(file))
+    assert made.returncode == 0, made.stderr
+    return file
+
+
+class Server:
+    """A real `mlflow server`, that can be killed and started again."""
+
+    def __init__(self, folder: Path):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
+        folder.mkdir()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers",
+             "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--artifacts-destination",
+             str(self.folder / "artifacts")],
+            start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            with suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=2):
+                return
+            time.sleep(0.2)
+        raise TimeoutError("mlflow server did not start")
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path / "server")
+    server.start()
+    yield server
+    server.kill()
+
+
+def the_run(folder: Path) -> Path:
+    [found] = [path for path in folder.iterdir() if path.name.startswith("gradient-ascent")]
+    return found
+
+
+def test_mlflow_that_dies_loses_nothing_and_slows_nothing(recipe: Path, server: Server, tmp_path: Path) -> None:
+    """Killed at step 5, started again when the run is over; a second time it hangs from step 5 on."""
+    from mlflow import MlflowClient
+
+    def arguments(name: str) -> list[str]:
+        models = recipe.parent / "runs" / "models"
+        storage = tmp_path / name
+        storage.mkdir()
+        (storage / "models").symlink_to(models)
+        return [str(recipe), f"storage={storage}", f"tracking.uri={server.uri}"]
+
+    undisturbed = command("unlearn", *arguments("calm"))
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    disturbances = {"killed": server.kill, "hung": lambda: os.killpg(server.process.pid, signal.SIGSTOP)}
+    for name, disturb in disturbances.items():
+        typed = arguments(name)
+
+        def metrics(name: str = name) -> str:
+            found = list((tmp_path / name).glob("gradient-ascent*/metrics.jsonl"))
+            return str(found[0]) if found else ""
+
+        happened = when(lambda: bool(metrics()) and steps_done(metrics()) >= 5, disturb)
+        done = command("unlearn", *typed)
+        assert happened.is_set()
+        assert done.returncode == 0, done.stderr
+        assert "entries wait in" in done.stdout
+        times = [step_seconds(the_run(tmp_path / which)) for which in ("calm", name)]
+        assert times[1] < 1.1 * times[0], times
+        if name == "killed":
+            server.start()
+        else:
+            os.killpg(server.process.pid, signal.SIGCONT)
+        again = command("unlearn", *typed)
+        assert "entries sent" in again.stdout, again.stdout + again.stderr
+        assert "small version" in again.stdout
+        client = MlflowClient(tracking_uri=server.uri, registry_uri=server.uri)
+        runs = client.search_runs(["1"], f"attributes.run_name = '{the_run(tmp_path / name).name}'")
+        [run] = [run for run in runs if str(tmp_path / name) in run.data.tags["run_folder"]]
+        assert run.info.status == "FINISHED"
+        history = client.get_metric_history(run.info.run_id, "train/forget_loss")
+        assert sorted(point.step for point in history) == list(range(1, 151))
+        written = [json.loads(line) for line in Path(metrics()).read_text().splitlines()]
+        assert {point.step: point.value for point in history} == {n["step"]: n["train/forget_loss"] for n in written}
+        assert {point.timestamp for point in history} == {int(n["time"] * 1000) for n in written}
+        assert len(client.search_model_versions(f"run_id = '{run.info.run_id}'")) == 1
+
+
+def step_seconds(folder: Path) -> float:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(line["perf/step_seconds"] for line in lines[5:])
+
+
+def test_a_command_that_is_stopped_says_so_everywhere(recipe: Path, tmp_path: Path) -> None:
+    """SIGTERM: exit code 143, a checkpoint, an MLflow run that is KILLED; the same command finishes the same run."""
+    from mlflow import MlflowClient
+
+    typed = [str(recipe), f"storage={tmp_path}", f"models.original={{type: pretrained, path: {original_of(recipe)}}}"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "pipelines" / "unlearn.py"), *typed], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    found: list[Path] = []
+
+    def reached() -> bool:
+        found[:] = tmp_path.glob("gradient-ascent*/metrics.jsonl")
+        return bool(found) and steps_done(str(found[0])) >= 30
+
+    assert when(reached, process.terminate).wait(120)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+    assert "SIGTERM: stopping after this step, with a checkpoint" in out
+    assert "the same command goes on from there" in err
+    folder = the_run(tmp_path)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    [run] = client.search_runs(["1"])
+    assert run.info.status == "KILLED"
+    again = command("unlearn", *typed)
+    assert again.returncode == 0, again.stderr
+    assert "attempt      2" in again.stdout
+    assert "going on after step" in again.stdout
+    [run] = client.search_runs(["1"])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["attempts"] == "2"
+    history = client.get_metric_history(run.info.run_id, "train/forget_loss")
+    assert sorted(point.step for point in history) == list(range(1, 151))
+    assert "going on after step" in (folder / "report.html").read_text()
+    assert not (folder / "checkpoints").exists()
+
+
+def original_of(recipe: Path) -> Path:
+    return next(f for f in (recipe.parent / "runs" / "models").glob("original-*") if f.is_dir() and "." not in f.name)
