@@ -1,6 +1,6 @@
 """The errors a user can meet. Each message says what is wrong, what was expected and what to do.
 
-Every class takes one string, so that Ray can carry it between processes.
+Every error takes one string, so that Ray can carry it between processes.
 """
 
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ class StorageError(UnlearnError, OSError):
 
 
 class Stopped(KeyboardInterrupt):
-    """Somebody asked for an end: Ctrl-C, SIGTERM, `ray job stop`. Says what was saved."""
+    """Somebody asked for an end: Ctrl-C, SIGTERM, `ray job stop`. Says what was saved; stays in its process."""
 
     def __init__(self, told: str, number: int):
         super().__init__(told)

@@ -1,15 +1,18 @@
 """Files and folders that are whole or absent: written under a temporary name, then renamed."""
 
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import filelock
 import pyarrow as pa
 
-from components.errors import StorageError
+from components.errors import ClusterError, StorageError
 
 
 @contextmanager
@@ -66,10 +69,55 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write `text` to `file`."""
+    """Write `text` to `file`, also for the case that the power fails."""
     partial = file.with_name(f"{file.name}.partial-{uuid.uuid4().hex[:8]}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file, none where there is no file; half a line of a process that was killed is left out."""
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def append_line(file: Path, value: dict[str, Any]) -> None:
+    """Add a JSON line to `file`; one that was left half written before it is ended first."""
+    with file.open("ab+") as stream:
+        if stream.tell() and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":
+            stream.write(b"\n")
+        stream.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Inside, no other process on this file system works on `folder`.
+
+    Raises:
+        ClusterError: when one does.
+    """
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ClusterError(
+            f"Run is being worked on already (folder={folder}). Expected one command at a time. Wait for the other one "
+            "or stop it."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        (folder / ".lock").unlink(missing_ok=True)
 
 
 def write_arrow(table: pa.Table, file: Path) -> None:

@@ -71,8 +71,13 @@ def exit_code(act: Callable[[], None], debug: bool) -> int:
         _sigterm_stops()
         act()
     except KeyboardInterrupt as stop:
-        print(f"\n{stop or 'Stopped.'}", file=sys.stderr)
+        print(f"\n{str(stop) or 'Stopped.'}", file=sys.stderr)
         return 128 + (stop.signal if isinstance(stop, Stopped) else signal.SIGINT)
+    except SystemExit as end:  # how Ray takes a SIGTERM while it starts
+        if end.code != signal.SIGTERM:
+            raise
+        print("\nStopped.", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except Exception as error:
         if debug:
             raise
@@ -214,8 +219,13 @@ class Progress:
 
 
 def storage_folder(recipe: Recipe) -> Path:
+    """Where the recipe's runs, models and prepared rows lie."""
+    return absolute_folder(recipe.storage)
+
+
+def absolute_folder(given: str) -> Path:
     """Absolute, since workers run elsewhere; a relative one is not kept in a Ray job's folder, which Ray deletes."""
-    path = Path(recipe.storage).expanduser()
+    path = Path(given).expanduser()
     if not path.is_absolute() and "working_dir_files" in Path.cwd().parts:
         path = Path.home() / "ray-unlearn" / path
     return path.resolve()

@@ -54,7 +54,7 @@ from components.training.checkpoint_files import Place, remove_all
 from components.training.job import Job
 from components.training.launch import check_cluster, run_job
 from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
-from pipelines.training import checkpoint_place, shown, telling
+from pipelines.training import checkpoint_place, say_stopped, shown, telling
 
 _COUNTED_BYTES = 64 << 20  # a plan must be there at once
 
@@ -130,8 +130,14 @@ def _make(recipe: Recipe, name: str, sources: Sequence[Source]) -> Model:
     if drops:
         made_from.append(prepared_digest(recipe.data.forget, "pairs", recipe.data, facts, storage))
     folder = storage / "models" / f"{name.replace('_', '-')}-{digest(made_from)}"
+    metrics, checkpoints, events, stop = (
+        folder.with_name(f"{folder.name}.{kind}") for kind in ("jsonl", "checkpoints", "events.jsonl", "stop")
+    )
+    place_of_checkpoints = checkpoint_place(finetune.train, checkpoints, f"{folder.name}-{digest(str(storage), 8)}")
     if folder.exists():
         say(f"{name:<12} found in {folder}")
+        if checkpoints.exists():  # killed between the two
+            remove_all(Place(place_of_checkpoints))
         return Model(folder, fingerprint(folder))
     place = storage if recipe.data.cache else folder.with_name(f"{folder.name}.data")
     prepared = prepare(sources, "pairs", recipe.data, facts, place, tell=telling(name))
@@ -139,9 +145,6 @@ def _make(recipe: Recipe, name: str, sources: Sequence[Source]) -> Model:
     without = overlap.rows if overlap and drops else None
     rows = len(PreparedRows(prepared.folder, without))
     say(f"{name:<12} fine-tuning {parameter_count(base):,} parameters on {rows} rows")
-    metrics, checkpoints, events, stop = (
-        folder.with_name(f"{folder.name}.{kind}") for kind in ("jsonl", "checkpoints", "events.jsonl", "stop")
-    )
     metrics.parent.mkdir(parents=True, exist_ok=True)
     job = Job(
         model=str(base),
@@ -149,7 +152,7 @@ def _make(recipe: Recipe, name: str, sources: Sequence[Source]) -> Model:
         metrics=str(metrics),
         events=str(events),
         stop=str(stop),
-        checkpoints=checkpoint_place(finetune.train, checkpoints, folder.name),
+        checkpoints=place_of_checkpoints,
         made_from={"made_from": digest(made_from)},
         normal=str(prepared.folder),
         normal_without=str(without) if without else None,
@@ -161,9 +164,10 @@ def _make(recipe: Recipe, name: str, sources: Sequence[Source]) -> Model:
     check_cluster_for(recipe)
     started = time.perf_counter()
     with shown(job):
-        run_job(job, storage)
-    remove_all(Place(job.checkpoints or ""))
+        outcome = run_job(job, storage)
+    remove_all(Place(place_of_checkpoints))
     stop.unlink(missing_ok=True)
+    say_stopped(outcome)
     if not recipe.data.cache:
         shutil.rmtree(place, ignore_errors=True)
     say(f"  done in {duration(time.perf_counter() - started)}: {folder}")

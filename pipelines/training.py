@@ -1,24 +1,28 @@
 """What the pipelines that train share: where checkpoints lie, and what is shown while training goes on."""
 
-import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from components.config import Train
+from components.data.locations import is_remote
+from components.errors import Stopped
 from components.tracking.follow import follow
 from components.training.job import Job
-from pipelines.cli import Progress, say
+from pipelines.cli import Progress, absolute_folder, say
 
 
 @contextmanager
 def shown(job: Job) -> Iterator[None]:
     """Inside, each step and each event of `job` is printed as it comes."""
-    metrics = Path(job.metrics)
-    events = Path(job.events or metrics.with_suffix(".events"))
-    with follow(metrics, Progress(job.train.log_every), after=_steps_done(job)), follow(events, _say_all, after=None):
+    assert job.events is not None
+    progress = Progress(job.train.log_every)
+    with (
+        follow(Path(job.metrics), progress, after=_steps_done(job)),
+        follow(Path(job.events), _say_all, after=None),
+    ):
         yield
 
 
@@ -31,18 +35,27 @@ def _steps_done(job: Job) -> int:
     """Steps that are not done again, as far as can be told without looking into the checkpoint."""
     from components.training.checkpoint_files import Place, steps_kept
 
-    kept = steps_kept(Place(job.checkpoints)) if job.checkpoints else []
-    return kept[0] if kept else 0
+    with suppress(OSError):  # a store out of reach is told by those who need it
+        return max(steps_kept(Place(job.checkpoints)), default=0) if job.checkpoints else 0
+    return 0
 
 
 def checkpoint_place(train: Train, folder: Path, name: str) -> str:
-    """Where the checkpoints of the job `name` lie."""
-    return f"{train.checkpoint_storage.rstrip('/')}/{name}" if train.checkpoint_storage else str(folder)
+    """Where the checkpoints of a job lie: `folder`, or under `name` where the recipe says."""
+    if not train.checkpoint_storage:
+        return str(folder)
+    place = train.checkpoint_storage.rstrip("/")
+    return f"{place}/{name}" if is_remote(place) else str(absolute_folder(place) / name)
 
 
-def read_events(file: Path) -> list[dict[str, Any]]:
-    """The lines of an events.jsonl."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+def say_stopped(outcome: dict[str, Any]) -> None:
+    """End as asked by a signal that came too late to stop the training.
+
+    Raises:
+        Stopped: when there was one.
+    """
+    if outcome["signal"]:
+        raise Stopped("Stopped; training is done, the same command goes on with what comes after.", outcome["signal"])
 
 
 def telling(name: str) -> Callable[[str], None]:

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,9 @@ import pyarrow as pa
 from components.config import Recipe, config_hash, registered_name, run_name
 from components.console import duration
 from components.data.prepare import Prepared
-from components.errors import ConfigError
 from components.evaluation.metrics import evaluate_records
 from components.evaluation.report import Sample, first_samples
-from components.files import write_whole, writing
+from components.files import only_one, read_lines, write_whole, writing
 from components.models import fingerprint, load_tokenizer, parameter_count, tokenizer_facts
 from components.tracking.follow import follow
 from components.tracking.gates import judge
@@ -49,7 +49,8 @@ from pipelines.finetune import (
 )
 from pipelines.outcome import Outcome, summary_text, write_files
 from pipelines.prepare import Streams, data_counts, notes, prepare_streams
-from pipelines.training import checkpoint_place, read_events, shown, telling
+from pipelines.run_folder import begin, check_begun, run_folder
+from pipelines.training import checkpoint_place, say_stopped, shown, telling
 
 _PATIENCE, _SHORT_PATIENCE = 20.0, 3.0  # seconds that MLflow may fail to answer before the command ends without it
 
@@ -66,18 +67,20 @@ def run(command: Command) -> None:
         say("\n" + json.loads(finished.read_text())["text"])
         _send_late(recipe, folder)
         return
+    started = time.perf_counter()
     with writing("Run", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "config.json", recipe.model_dump_json(indent=2))
-        write_whole(folder / "inputs.json", json.dumps({"inputs": inputs}))
-    say(f"run          {folder}")
-    started = time.perf_counter()
-    with ray_session():
-        check_cluster_for(recipe)
-        summary = {**_unlearn(recipe, folder), "inputs": inputs}
-    write_whole(finished, json.dumps(summary, indent=2, ensure_ascii=False))
-    for name in ("inputs.json", "trained.json", "stop"):  # for going on with it
-        (folder / name).unlink(missing_ok=True)
+    with only_one(folder):
+        with writing("Run", folder):
+            begin(folder, recipe, inputs)
+        say(f"run          {folder}")
+        with ray_session():
+            check_cluster_for(recipe)
+            summary = {**_unlearn(recipe, folder), "inputs": inputs}
+        with writing("Run", folder):
+            write_whole(finished, json.dumps(summary, indent=2, ensure_ascii=False))
+            for name in ("begun.json", "trained.json", "stop"):  # for going on with it
+                (folder / name).unlink(missing_ok=True)
     say("\n" + summary["text"])
     _tell_unsent(recipe, folder)
     say(f"\nall in {duration(time.perf_counter() - started)}")
@@ -125,32 +128,6 @@ def plan(command: Command) -> str:
     )
 
 
-def run_folder(recipe: Recipe, inputs: str) -> Path:
-    """Where this recipe's run lives: the first of `<run name>`, `<run name>-2`, … that it may use.
-
-    A finished run counts as the same one when its input files and models were the same too; with `if_exists: new` it
-    never does.
-
-    Raises:
-        ConfigError: with `if_exists: fail`, when the run exists.
-    """
-    name, number = run_name(recipe), 1
-    while True:
-        folder = storage_folder(recipe) / (name if number == 1 else f"{name}-{number}")
-        if not folder.exists():
-            return folder
-        finished = (folder / "summary.json").exists()
-        begun = folder / ("summary.json" if finished else "inputs.json")
-        same = begun.exists() and json.loads(begun.read_text())["inputs"] == inputs
-        if finished and same and recipe.if_exists == "fail":
-            raise ConfigError(f"Run exists (folder={folder}). Set if_exists=resume to see it or new to run it anew.")
-        if finished and same and recipe.if_exists == "resume":
-            return folder
-        if not finished and (same or recipe.if_exists != "new"):  # gone on with; its checkpoints know what it is of
-            return folder
-        number += 1
-
-
 def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
     storage = storage_folder(recipe)
     original, retain_only = make_models(recipe)
@@ -169,20 +146,25 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
         say("baseline     " + ", ".join(_headline(name, metrics) for name, metrics in before.items()))
 
     spool = open_spool(folder, recipe.tracking, storage, telling("MLflow"))
+    made_from = {"model": original.hash, **{name: prepared.digest for name, prepared in streams.sets().items()}}
+    run_id = check_begun(folder, made_from)
+    checkpoints = checkpoint_place(recipe.train, folder / "checkpoints", f"{folder.name}-{run_id}")
     if (attempt := put_run(spool, recipe, folder.name, folder, run_tags(recipe, original, streams))) > 1:
         say(f"attempt      {attempt}")
-    patience = _PATIENCE
     try:
+        put_metrics(spool, "data", data_counts(streams), step=0)
+        put_metrics(spool, "eval", before.get("original", {}), step=0)
         with spool.sending():
-            outcome, trained = _train_and_judge(recipe, folder, original, streams, questions, records, before, spool)
+            trained = _train(recipe, folder, original, streams, spool, made_from, checkpoints)
+            outcome = _judge(recipe, folder, original, streams, questions, records, before, spool, trained)
         spool.put("end", status="FINISHED")
+        spool.drain(_PATIENCE)
     except BaseException as error:
-        spool.put("end", status="KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        patience = _SHORT_PATIENCE
+        with suppress(Exception):  # what went wrong first is what must be told
+            spool.put("end", status="KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            spool.drain(_SHORT_PATIENCE, limit=2 * _SHORT_PATIENCE)
         raise
-    finally:
-        spool.drain(patience)
-    remove_all(Place(checkpoint_place(recipe.train, folder / "checkpoints", folder.name)))
+    remove_all(Place(checkpoints))
     if not recipe.data.cache:
         for name in ("prepared", "reference", "overlap", "fingerprints"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -207,13 +189,11 @@ def run_tags(recipe: Recipe, original: Model, streams: Streams) -> dict[str, str
     }
 
 
-def _train_and_judge(
+def _judge(
     recipe: Recipe, folder: Path, original: Model, streams: Streams, questions: dict[str, Prepared],
-    records: dict[str, pa.Table], before: dict[str, dict[str, float]], spool: Spool,
-) -> tuple[Outcome, dict[str, Any]]:  # fmt: skip
-    put_metrics(spool, "data", data_counts(streams), step=0)
-    put_metrics(spool, "eval", before.get("original", {}), step=0)
-    trained = _train(recipe, folder, original, streams, spool)
+    records: dict[str, pa.Table], before: dict[str, dict[str, float]], spool: Spool, trained: dict[str, Any],
+) -> Outcome:  # fmt: skip
+    """Evaluate what was trained, write the report, and have it registered."""
     model = Model(folder / "model", fingerprint(folder / "model"))
 
     samples: dict[str, list[Sample]] = {}
@@ -223,7 +203,7 @@ def _train_and_judge(
         metrics["unlearned"] = evaluate_records(after, records.get("retain-only"), recipe.evaluation)
         samples = {name: first_samples(records["original"], after, name) for name in questions}
     unlearned = metrics.get("unlearned", {})
-    happened = [event["text"] for event in read_events(folder / "events.jsonl")]
+    happened = [event["text"] for event in read_lines(folder / "events.jsonl")]
     outcome = Outcome(
         recipe=recipe,
         folder=folder,
@@ -251,7 +231,7 @@ def _train_and_judge(
         "model", folder=str(model.folder), name=registered_name(recipe), metrics=unlearned, step=trained["steps"],
         tags=run_tags(recipe, original, streams), champion=outcome.champion,
     )  # fmt: skip
-    return outcome, trained
+    return outcome
 
 
 def _prepare(recipe: Recipe, original: Model, place: Path) -> Streams:
@@ -262,11 +242,14 @@ def _prepare(recipe: Recipe, original: Model, place: Path) -> Streams:
     return streams
 
 
-def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, spool: Spool) -> dict[str, Any]:
+def _train(
+    recipe: Recipe, folder: Path, original: Model, streams: Streams, spool: Spool, made_from: dict[str, str],
+    checkpoints: str,
+) -> dict[str, Any]:  # fmt: skip
     """Train, or go on with it; what was trained already is not trained again."""
-    made_from = {"model": original.hash, **{name: prepared.digest for name, prepared in streams.sets().items()}}
     trained = folder / "trained.json"
-    if trained.exists() and (found := json.loads(trained.read_text()))["made_from"] == made_from:
+    if trained.exists():
+        found = json.loads(trained.read_text())
         say(f"unlearning   done already, {found['steps']} steps")
         return found
     metrics, events = folder / "metrics.jsonl", folder / "events.jsonl"
@@ -278,7 +261,7 @@ def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, spoo
         metrics=str(metrics),
         events=str(events),
         stop=str(folder / "stop"),
-        checkpoints=checkpoint_place(recipe.train, folder / "checkpoints", folder.name),
+        checkpoints=checkpoints,
         made_from=made_from,
         **{name: str(prepared.folder) for name, prepared in streams.sets().items()},
         normal_without=str(streams.without) if streams.without else None,
@@ -300,9 +283,11 @@ def _train(recipe: Recipe, folder: Path, original: Model, streams: Streams, spoo
     say(f"unlearning   {parameter_count(original.folder):,} parameters, ZeRO-{recipe.train.zero_stage}, {where}")
     with follow(metrics, functools.partial(put_lines, spool), after=last_step(spool)), shown(job):
         outcome = run_job(job, folder)
-    failures = sum(event["event"] == "failure" for event in read_events(events))
+    failures = sum(event["event"] == "failure" for event in read_lines(events))
     spool.put("tags", tags={"worker_failures": str(failures)})
-    write_whole(trained, json.dumps({**outcome, "made_from": made_from}, indent=2))
+    with writing("Run", folder):
+        write_whole(trained, json.dumps(outcome, indent=2))
+    say_stopped(outcome)
     return outcome
 
 

@@ -1,5 +1,6 @@
 """Terms as a user would bring them."""
 
+import json
 import os
 import time
 from typing import Any
@@ -15,7 +16,7 @@ def two_originals(original_logp: Tensor, original_logits: Tensor) -> tuple[Tenso
     return original_logp.sum() + original_logits.sum(), {}
 
 
-_bad: dict[int, str] = {}
+_bad: dict[int, str] = json.loads(os.environ.get("BAD_STEPS", "{}"), object_hook=lambda d: {int(k): d[k] for k in d})
 _calls = {"made": 0, "in_a_step": 1}
 
 

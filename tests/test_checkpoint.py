@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from components.config import Best, Guard, Lora, Objective, Optimizer, Probe, Wagle
 from components.errors import ConfigError, Stopped, StorageError, TrainingError
 from components.models import load_model
-from components.training import loop, saving
+from components.training import checkpoint_files, loop
 from components.training import step as module
 from components.training.checkpoint_files import DAMAGED, MANIFEST, Place, manifest, steps_kept
 from components.training.guards import PROBE, probe_rows
@@ -141,6 +141,23 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(
     assert not (folder / "step-000004").exists()
 
 
+def test_a_checkpoint_that_cannot_be_read_now_is_left_as_it_is(
+    make_job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store out of reach is no damage."""
+    job = job_of(make_job, "unread", {})
+    run(job, tmp_path)
+
+    def unreachable(*arguments: Any) -> None:
+        raise OSError("connection refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_files, "fetch", unreachable)
+        with pytest.raises(StorageError, match=r"Checkpoint cannot be read .*connection refused"):
+            run_job(job, tmp_path)
+    assert steps_kept(Place(job.checkpoints)) == [9, 6]
+
+
 def test_what_cannot_be_written_stops_the_run_and_leaves_earlier_checkpoints(make_job: Any, tmp_path: Path) -> None:
     job = job_of(make_job, "full", {})
     Path(job.checkpoints).mkdir()
@@ -154,10 +171,10 @@ def test_a_start_without_room_is_refused(make_job: Any, tmp_path: Path, monkeypa
     """Three whole checkpoints must fit: weights, momentum and Hessian in fp32."""
     job = job_of(make_job, "small", {})
     one = 12 * sum(p.numel() for p in load_model(Path(job.model)).parameters())
-    monkeypatch.setattr(saving, "free_bytes", lambda place: 3 * one - 1)
+    monkeypatch.setattr(checkpoint_files, "free_bytes", lambda place: 3 * one - 1)
     with pytest.raises(StorageError, match=f"Checkpoints would not fit .* bytes needed={3 * one:,}"):
         run_job(job, tmp_path)
-    monkeypatch.setattr(saving, "free_bytes", lambda place: 3 * one)
+    monkeypatch.setattr(checkpoint_files, "free_bytes", lambda place: 3 * one)
     run_job(job, tmp_path)
     size = manifest(Place(job.checkpoints), 9)["files"]
     assert sum(about["size"] for about in size.values()) == pytest.approx(one, rel=0.1)

@@ -61,20 +61,38 @@ def test_follow_hands_over_steps_done_again_once(tmp_path: Path) -> None:
     assert [line["step"] for line in seen] == list(range(3, 13))
 
 
-def test_a_failing_follower_stops_nothing(tmp_path: Path) -> None:
-    file, calls = tmp_path / "m.jsonl", []
+def test_a_failing_follower_is_handed_its_lines_again(tmp_path: Path) -> None:
+    file, seen, calls = tmp_path / "m.jsonl", [], 0
 
-    def broken(lines: list) -> None:
-        calls.append(len(lines))
-        raise OSError("no server")
+    def broken_at_first(lines: list) -> None:
+        nonlocal calls
+        calls += 1
+        if calls < 3:
+            raise OSError("no room")
+        seen.extend(line["step"] for line in lines)
 
-    with follow(file, broken, interval=0.01) as failures:
+    with follow(file, broken_at_first, interval=0.01) as failures:
         for i in range(5):
             file.open("a").write(json.dumps({"step": i + 1}) + "\n")
             time.sleep(0.03)
-    assert len(calls) == 1
-    assert [str(failure) for failure in failures] == ["no server"]
+        file.open("a").write('{"step": 6, "half')
+    assert seen == [1, 2, 3, 4, 5]
+    assert [str(failure) for failure in failures] == ["no room", "no room"]
     assert not any(thread.name.startswith("follow") for thread in threading.enumerate())
+
+
+def test_what_is_measured_again_by_another_attempt_is_not_told_again(uri: str, tmp_path: Path) -> None:
+    for _ in range(3):
+        spool = make_run(uri, tmp_path / "run")
+        put_metrics(spool, "eval", {"forget_quality": 0.5, "model_utility": 0.25}, step=0)
+    put_metrics(spool, "eval", {"forget_quality": 0.5, "model_utility": 0.75}, step=6)
+    points = [(key, value, step) for entry in spool.entries() for key, value, _, step in entry.get("points", ())]
+    assert points == [
+        ("eval/forget_quality", 0.5, 0),
+        ("eval/model_utility", 0.25, 0),
+        ("eval/forget_quality", 0.5, 6),
+        ("eval/model_utility", 0.75, 6),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -141,17 +159,19 @@ def test_another_attempt_goes_on_in_the_same_run(uri: str, client, tmp_path: Pat
 def test_what_a_server_will_never_take_is_put_aside_with_the_reason(uri: str, client, tmp_path: Path) -> None:
     spool = make_run(uri, tmp_path / "run")
     put_lines(spool, LINES)
-    spool.put("metrics", points=[["bad*name", 1.0, 1, 1]])
+    spool.put("metrics", points=[["bad*name", 1.0, 1, 1], ["good", 2.0, 1, 1]])
     put_lines(spool, [{**LINES[0], "time": 9.0, "step": 9}])
     spool.put("artifact", path=str(tmp_path / "not there"))
     spool.put("tags", tags={"last": "yes"})
     assert spool.drain(5) == 0
     refused = spool.refused()
     assert [entry["kind"] for entry in refused] == ["metrics", "artifact"]
+    assert [point[0] for point in refused[0]["points"]] == ["bad*name"]  # not what came along with it
     assert "bad*name" in refused[0]["reason"]
     run = client.get_run(spool.known["run_id"])
     assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == [0, 1, 2, 9]
     assert run.data.tags["last"] == "yes"
+    assert run.data.metrics["good"] == 2.0
 
 
 def test_a_server_that_fails_for_a_while_gets_everything_once(tmp_path: Path) -> None:
@@ -192,16 +212,20 @@ def test_another_server_is_told_everything(uri: str, tmp_path: Path) -> None:
 def test_registration_and_aliases(uri: str, client, tmp_path: Path, base: Path) -> None:
     import mlflow
 
-    spool = make_run(uri, tmp_path / "run")
-    spool.drain(5)
-    run_id = spool.known["run_id"]
     with pytest.raises(TrackingError, match="No candidate is registered"):
         registry.candidate(client, "people-model")
     for expected in ("1", "2"):
-        version = registry.register(
-            client, run_id, base, "people-model", {"model_utility": 0.5}, 3, {"optimizer": "soul"}
-        )
-        assert version == expected
+        spool = make_run(uri, tmp_path / f"run{expected}")
+        spool.drain(5)
+        run_id = spool.known["run_id"]
+        for _ in range(2):  # a run has one version, however often it is sent
+            version = registry.register(
+                client, run_id, base, "people-model", {"model_utility": 0.5}, 3, {"optimizer": "soul"}
+            )
+            assert version == expected
+            client.delete_registered_model_alias("people-model", "candidate")
+        registry.register(client, run_id, base, "people-model", {}, 3, {})
+        assert len(client.search_logged_models(["1"], filter_string=f"source_run_id = '{run_id}'")) == 1
     assert registry.candidate(client, "people-model").version == 2
     registry.set_champion(client, "people-model", "1")
     champion = client.get_model_version_by_alias("people-model", "champion")

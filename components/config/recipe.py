@@ -113,19 +113,25 @@ def _objective_problems(recipe: Recipe) -> Iterator[str]:
 
 
 def _guard_problems(recipe: Recipe) -> Iterator[str]:
-    watched = [guard.metric for guard in recipe.guards]
     if recipe.guards and not recipe.train.checkpoint_every:
         yield "guards go back to a checkpoint: give train.checkpoint_every"
-    if recipe.train.checkpoint_best:
-        watched.append(recipe.train.checkpoint_best.metric)
-    if not recipe.train.probe and any(metric.startswith("probe/") for metric in watched):
-        yield "probe/ metrics are measured with train.probe only: give it, such as train.probe.every=10"
-    if recipe.train.probe and not recipe.objective.normal:
-        yield "train.probe looks at the rows of the normal term: give objective.normal"
-    for metric in watched:
-        term = metric.removeprefix("train/").removesuffix("_loss")
-        if metric.startswith("train/") and getattr(recipe.objective, term, metric) is None:
-            yield f"{metric} is never measured: objective.{term} is null"
+    guarded = [guard.metric for guard in recipe.guards]
+    yield from _watched_problems("", recipe.train, [*recipe.objective.terms()], guarded)
+    if recipe.finetune:
+        yield from _watched_problems("finetune.", recipe.finetune.train, ["normal"], [])
+
+
+def _watched_problems(where: str, train: Train, terms: list[str], watched: list[str]) -> Iterator[str]:
+    """Metrics that something depends on and no step measures."""
+    if train.probe and "normal" not in terms:
+        yield f"{where}train.probe looks at the rows of the normal term: give objective.normal"
+    own = ["loss", "grad_norm", "clip_fraction", "gradient_cosine", *terms]
+    for metric in [*watched, *([train.checkpoint_best.metric] if train.checkpoint_best else [])]:
+        kind, _, name = metric.partition("/")
+        if kind == "probe" and not train.probe:
+            yield f"{metric} is measured with {where}train.probe only: give it, such as {where}train.probe.every=10"
+        elif metric != "probe/normal_probability" and (kind != "train" or not name.startswith(tuple(own))):
+            yield f"{metric} is never measured; expected probe/normal_probability, train/loss, train/normal_loss, …"
 
 
 def _pair_problems(where: str, optimizer: Any, train: Train) -> Iterator[str]:
@@ -146,6 +152,8 @@ def _pair_problems(where: str, optimizer: Any, train: Train) -> Iterator[str]:
         yield f"{where}optimizer.adaptive.soonest must be below hessian_interval={optimizer.hessian_interval}"
     if isinstance(optimizer, Influence) and train.gradient_clipping:
         yield f"{where}optimizer=influence needs the gradient's true size; set {where}train.gradient_clipping=0"
+    if isinstance(optimizer, Influence) and train.max_bad_steps:
+        yield f"{where}optimizer=influence moves by all its steps together: set {where}train.max_bad_steps=0"
     if isinstance(optimizer, Influence) and (train.warmup_steps or train.schedule != "constant"):
         yield f"{where}optimizer=influence moves once: give neither warm-up nor a schedule"
 
@@ -153,8 +161,8 @@ def _pair_problems(where: str, optimizer: Any, train: Train) -> Iterator[str]:
 # Settings that say where, how visibly or how safely a job runs, or how its work is split: the result is the same, up to
 # the order of sums.
 NOT_PART_OF_TRAINING = {
-    "log_every", "checkpoint_every", "keep_checkpoints", "checkpoint_storage", "max_failures", "timeout",
-    "workers", "cpus_per_worker", "gpus_per_worker", "zero_stage", "offload", "micro_batch_size", "packing",
+    "log_every", "checkpoint_every", "keep_checkpoints", "checkpoint_storage", "max_failures", "max_bad_steps",
+    "timeout", "workers", "cpus_per_worker", "gpus_per_worker", "zero_stage", "offload", "micro_batch_size", "packing",
 }  # fmt: skip
 _NOT_PART_OF_THE_RESULT: Any = {
     "storage": True, "if_exists": True, "tracking": True, "train": NOT_PART_OF_TRAINING,
@@ -167,7 +175,10 @@ def config_hash(recipe: Recipe) -> str:
 
     Settings only: what lies at the paths they name is compared when a finished run is met again.
     """
-    return digest(recipe.model_dump(mode="json", exclude=_NOT_PART_OF_THE_RESULT), 8)
+    settings = recipe.model_dump(mode="json", exclude=_NOT_PART_OF_THE_RESULT)
+    if recipe.guards or recipe.train.checkpoint_best:  # then checkpoints are what the model is chosen from
+        settings["train"]["checkpoint_every"] = recipe.train.checkpoint_every
+    return digest(settings, 8)
 
 
 def registered_name(recipe: Recipe) -> str:

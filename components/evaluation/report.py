@@ -111,16 +111,19 @@ def _plane(models: Mapping[str, Metrics]) -> Any:
 def _curves(lines: Sequence[Mapping[str, Any]]) -> Any:
     from matplotlib.figure import Figure
 
+    present = dict.fromkeys(key for line in lines for key in line)  # a step that was left out has few
     panels = [
-        ("terms", [key for key in lines[0] if key.startswith("train/") and key.endswith("_loss")]),
-        ("gradient norm", ["train/grad_norm"]),
-        ("clip fraction", [key for key in lines[0] if key == "train/clip_fraction"]),
+        ("terms", [key for key in present if key.startswith("train/") and key.endswith("_loss")]),
+        ("gradient norm", [key for key in present if key == "train/grad_norm"]),
+        ("clip fraction", [key for key in present if key == "train/clip_fraction"]),
+        ("probe", [key for key in present if key.startswith("probe/")]),
     ]
     panels = [(title, keys) for title, keys in panels if keys]
     figure = Figure(figsize=(3.6 * len(panels), 3.2))
     for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for key in keys:
-            axes.plot([x["step"] for x in lines], [x[key] for x in lines], label=key.removeprefix("train/"))
+            having = [line for line in lines if key in line]
+            axes.plot([x["step"] for x in having], [x[key] for x in having], label=key.removeprefix("train/"))
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)

@@ -4,7 +4,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ def follow(
     A run that goes on from a checkpoint puts a shorter file in place of the old one and does some steps again. With
     None for `after`, lines are no steps, and those that stand there already are not handed over.
 
-    Yields the list of exceptions that `consume` raised; after one it is not called again, and the block goes on.
+    Lines that `consume` fails to take are handed to it again. Yields the list of the exceptions that it raised; the
+    block goes on whatever they are.
     """
     failures: list[Exception] = []
     done = threading.Event()
@@ -30,15 +31,15 @@ def follow(
         place, step = start, after
         while True:
             last = done.is_set()
-            place, lines = _new_lines(file, place)
-            if step is not None:
-                lines = [line for line in lines if line["step"] > step]
-                step = max([step, *(line["step"] for line in lines)])
-            if lines and not failures:
-                try:
+            try:
+                new_place, lines = _new_lines(file, place)
+                if step is not None:
+                    lines = [line for line in lines if line["step"] > step]
+                if lines:
                     consume(lines)
-                except Exception as error:
-                    failures.append(error)
+                place, step = new_place, None if step is None else max([step, *(line["step"] for line in lines)])
+            except Exception as error:  # the lines are handed over again
+                failures.append(error)
             if last:
                 return
             done.wait(interval)
@@ -67,4 +68,8 @@ def _new_lines(file: Path, place: _Place) -> tuple[_Place, Lines]:
         stream.seek(offset)
         content = stream.read()
     whole = content[: content.rfind(b"\n") + 1]  # a line that is still being written is left for later
-    return _Place(inode, offset + len(whole)), [json.loads(line) for line in whole.splitlines()]
+    lines = []
+    for line in whole.splitlines():
+        with suppress(ValueError):  # half a line that a full disk left
+            lines.append(json.loads(line))
+    return _Place(inode, offset + len(whole)), lines

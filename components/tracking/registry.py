@@ -13,41 +13,45 @@ def register(
 ) -> str:
     """Upload `folder` as a logged model, make it a version of `name` with alias `candidate`. Returns the version.
 
-    The folder is uploaded as it is, without loading the model (MLflow's transformers flavour cannot with our
-    transformers version); each weight file's sha256 is a tag.
+    A run has one version: what is there already of an attempt that was cut short is used. The folder is uploaded as it
+    is, without loading the model (MLflow's transformers flavour cannot with our transformers version); each weight
+    file's sha256 is a tag.
     """
-    from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
 
-    digests = {f"sha256.{file.name}": _sha256(file) for file in sorted(folder.glob("*.safetensors"))}
-    experiment = client.get_run(run_id).info.experiment_id
-    model = client.create_logged_model(
-        experiment,
-        name=folder.parent.name.replace(".", "-"),
-        source_run_id=run_id,
-        model_type="hf-folder",
-        tags={**digests, **tags},
-    )
-    client.log_model_artifacts(model.model_id, str(folder))
-    client.finalize_logged_model(model.model_id, "READY")
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=step)])
-    try:
-        client.get_registered_model(name)
-    except MlflowException:
-        client.create_registered_model(name)
-    shown = {f"eval.{key}": f"{value:.6g}" for key, value in metrics.items()}
-    version = client.create_model_version(
-        name, source=f"models:/{model.model_id}", run_id=run_id, model_id=model.model_id,
-        tags={**digests, **tags, **shown},
-    ).version  # fmt: skip
+    found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    if found:
+        version = found[0].version
+    else:
+        digests = {f"sha256.{file.name}": _sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+        model_id = _upload(client, run_id, folder, step, {**digests, **tags})
+        try:
+            client.get_registered_model(name)
+        except MlflowException:
+            client.create_registered_model(name)
+        shown = {f"eval.{key}": f"{value:.6g}" for key, value in metrics.items()}
+        version = client.create_model_version(
+            name, source=f"models:/{model_id}", run_id=run_id, model_id=model_id, tags={**digests, **tags, **shown},
+        ).version  # fmt: skip
     client.set_registered_model_alias(name, "candidate", version)
     return str(version)
 
 
-def version_of_run(client: Any, name: str, run_id: str) -> str | None:
-    """The version of `name` that a run has registered already."""
-    found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    return str(found[0].version) if found else None
+def _upload(client: Any, run_id: str, folder: Path, step: int, tags: Mapping[str, str]) -> str:
+    """The id of the run's logged model, uploaded unless it is there whole."""
+    from mlflow.entities import LoggedModelOutput
+
+    experiment = client.get_run(run_id).info.experiment_id
+    begun = client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'")
+    model = begun[0] if begun else client.create_logged_model(
+        experiment, name=folder.parent.name.replace(".", "-"), source_run_id=run_id, model_type="hf-folder",
+        tags=dict(tags),
+    )  # fmt: skip
+    if model.status != "READY":
+        client.log_model_artifacts(model.model_id, str(folder))
+        client.finalize_logged_model(model.model_id, "READY")
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=step)])
+    return model.model_id
 
 
 def set_champion(client: Any, name: str, version: str) -> None:

@@ -1,15 +1,17 @@
 """One MLflow run for one run folder, always addressed by its id: what is told of it, and how each thing is sent."""
 
 import json
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from components.config import Recipe, Tracking
 from components.errors import TrackingError
 from components.tracking import registry
-from components.tracking.spool import Entry, Handler, Known, Spool
+from components.tracking.spool import Entry, Gone, Handler, Known, Spool
 
 
 def tracking_uri(tracking: Tracking, storage: Path) -> str:
@@ -79,9 +81,12 @@ def put_lines(spool: Spool, lines: list[dict[str, Any]]) -> None:
 
 
 def put_metrics(spool: Spool, prefix: str, metrics: Mapping[str, float], step: int) -> None:
-    """Evaluation metrics as `<prefix>/<name>` at `step`."""
+    """Evaluation metrics as `<prefix>/<name>` at `step`; what another attempt has put already is not put again."""
     now = int(time.time() * 1000)
-    spool.put("metrics", points=[[f"{prefix}/{key}", value, now, step] for key, value in metrics.items()])
+    told = {(key, value, at) for entry in spool.entries() for key, value, _, at in entry.get("points", ())}
+    named = [(f"{prefix}/{key}", value) for key, value in metrics.items()]
+    if points := [[key, value, now, step] for key, value in named if (key, value, step) not in told]:
+        spool.put("metrics", points=points)
 
 
 def last_step(spool: Spool) -> int:
@@ -123,17 +128,37 @@ def _send_tags(client: Any, known: Known, entry: Entry) -> None:
 
 
 def _send_artifact(client: Any, known: Known, entry: Entry) -> None:
+    if not Path(entry["path"]).exists():
+        raise Gone(f"{entry['path']} is not there any more")
     client.log_artifact(known["run_id"], entry["path"])
 
 
 def _send_model(client: Any, known: Known, entry: Entry) -> Known:
-    folder, name, tags = Path(entry["folder"]), entry["name"], entry["tags"]
-    version = registry.version_of_run(client, name, known["run_id"]) or registry.register(
-        client, known["run_id"], folder, name, entry["metrics"], entry["step"], tags
-    )
+    folder, name = Path(entry["folder"]), entry["name"]
+    if not folder.exists():
+        raise Gone(f"{folder} is not there any more")
+    with _long_requests():
+        version = registry.register(
+            client, known["run_id"], folder, name, entry["metrics"], entry["step"], entry["tags"]
+        )
     if entry["champion"]:
         registry.set_champion(client, name, version)
     return {"version": version}
+
+
+@contextmanager
+def _long_requests() -> Iterator[None]:
+    """A server may take long to store a large file before it answers."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ.get(name)
+    os.environ[name] = "300"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _send_end(client: Any, known: Known, entry: Entry) -> None:

@@ -1,20 +1,22 @@
 """What MLflow is to be told is written down first: training never waits for a server, and nothing is lost or doubled.
 
 `<folder>/queue.jsonl` holds the entries in order, each with its time; `sent.json` how far each server has got and what
-it answered; `refused.jsonl` the entries that a server will never take, with its reason. Sending an entry twice changes
-nothing, so a crash between sending and noting it does no harm.
+it answered; `refused.jsonl` what a server will never take, with its reason. Sending an entry twice changes nothing, so
+a crash between sending and noting it does no harm.
 """
 
 import json
+import os
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from components.files import write_whole
+from components.files import read_lines, write_whole, writing
 
 _BATCH = 900  # metric points in one request, of at most 1000
 _PAUSES = (1.0, 2.0, 5.0, 10.0)  # seconds before trying again
@@ -24,6 +26,10 @@ Entry = dict[str, Any]
 Known = dict[str, Any]
 """What the server has answered so far: run_id, version, …"""
 Handler = Callable[[Any, Known, Entry], Known | None]
+
+
+class Gone(Exception):
+    """What an entry wants to send is not there any more."""
 
 
 class Spool:
@@ -38,13 +44,16 @@ class Spool:
             folder / name for name in ("queue.jsonl", "sent.json", "refused.jsonl")
         )
         self._client: Any = None
-        self._lock = threading.Lock()
-        self.failing_since: float | None = None
+        self._writing = threading.Lock()
+        self._sending = threading.Lock()
+        self._failing_since: float | None = None
         self.error: Exception | None = None
         folder.mkdir(parents=True, exist_ok=True)
-        self._drop_half_line()
+        self._end_line()
         servers = json.loads(self._sent.read_text()) if self._sent.exists() else {}
         self._servers: dict[str, Known] = {uri: {"offset": 0}, **servers}
+        self._read_to = self.known["offset"]
+        self._waiting: deque[tuple[Entry, int]] = deque()
 
     @property
     def known(self) -> Known:
@@ -52,32 +61,43 @@ class Spool:
         return self._servers[self._uri]
 
     def put(self, kind: str, **entry: Any) -> None:
-        """Write an entry down; it is sent while `sending`."""
+        """Write an entry down; it is sent while `sending`.
+
+        Raises:
+            StorageError: when it cannot be written; nothing of it is then.
+        """
         line = json.dumps({"kind": kind, "time": time.time(), "key": uuid.uuid4().hex, **entry}) + "\n"
-        with self._lock, self._queue.open("a", encoding="utf-8") as stream:
-            stream.write(line)
+        with self._writing, writing("What MLflow is to be told", self._queue):
+            try:
+                with self._queue.open("a", encoding="utf-8") as stream:
+                    stream.write(line)
+            except OSError:
+                self._end_line()
+                raise
 
     def entries(self) -> list[Entry]:
         """All entries ever put, sent or not."""
-        return [json.loads(line) for line in self._queue.read_text().splitlines()] if self._queue.exists() else []
+        return read_lines(self._queue)
 
     def unsent(self) -> int:
         """Entries that the server has not got yet."""
-        return len(self._waiting())
+        with self._sending:
+            self._read()
+            return len(self._waiting)
 
     def refused(self) -> list[Entry]:
-        """Entries that a server will never take, with its reason."""
-        return [json.loads(line) for line in self._refused.read_text().splitlines()] if self._refused.exists() else []
+        """What a server will never take, with its reason."""
+        return read_lines(self._refused)
 
     @contextmanager
     def sending(self, pause: float = 1.0) -> Iterator[None]:
-        """Inside, entries are sent by a thread as they come. What cannot be sent stays."""
+        """Inside, entries are sent by a thread as they come. What is not sent yet on leaving stays."""
         done = threading.Event()
 
         def run() -> None:
             failures = 0
             while not done.is_set():
-                failures = 0 if self.send() else failures + 1
+                failures = 0 if self.send(done.is_set) else failures + 1
                 done.wait(_PAUSES[min(failures, len(_PAUSES)) - 1] if failures else pause)
 
         thread = threading.Thread(target=run, name="mlflow", daemon=True)
@@ -88,88 +108,92 @@ class Spool:
             done.set()
             thread.join()
 
-    def drain(self, patience: float) -> int:
-        """Send until all is sent, or the server has failed to answer for `patience` seconds. Returns what is left."""
-        while self.unsent():
-            if not self.send() and self.failing_since and time.monotonic() - self.failing_since > patience:
+    def drain(self, patience: float, limit: float = float("inf")) -> int:
+        """Send until all is sent, the server has failed to answer for `patience` seconds, or `limit` seconds are over.
+
+        Returns how many entries are left.
+        """
+        started = time.monotonic()
+        while self.unsent() and time.monotonic() - started < limit:
+            if self.send(lambda: time.monotonic() - started >= limit):
+                continue
+            if time.monotonic() - (self._failing_since or started) > patience:
                 break
-            if self.failing_since:
-                time.sleep(0.5)
+            time.sleep(0.5)
         return self.unsent()
 
-    def send(self) -> bool:
-        """Send what is waiting. Returns whether the server took or refused all of it; otherwise `error` says why."""
-        try:
-            while batch := _first_batch(self._waiting()):
-                self._client = self._client or self._connect()
-                self._send_batch(batch)
-                self._answered()
-        except Exception as error:  # whatever it is, training must not end for it
-            self.error, self._client = error, None
-            if not self.failing_since:
-                self.failing_since = time.monotonic()
-                self._tell(f"MLflow does not take what it is told: {_short(error)}. It is kept in {self._folder}.")
-            return False
-        self._answered()
+    def send(self, enough: Callable[[], bool] = lambda: False) -> bool:
+        """Send what is waiting, until `enough`. Returns False when the server does not take it; `error` says why."""
+        with self._sending:
+            try:
+                while not enough() and (batch := self._next_batch()):
+                    self._client = self._client or self._connect()
+                    self._send_batch(batch)
+                    if self._failing_since:
+                        self._tell("MLflow answers again")
+                    self._failing_since = self.error = None
+            except Exception as error:  # whatever it is, training must not end for it
+                self.error, self._client = error, None
+                if not self._failing_since:
+                    self._failing_since = time.monotonic()
+                    said = " ".join(str(error).split())[:200]
+                    self._tell(f"MLflow does not take what it is told: {said}. It is kept in {self._folder}.")
+                return False
         return True
-
-    def _answered(self) -> None:
-        if self.failing_since:
-            self._tell("MLflow answers again")
-        self.failing_since = self.error = None
 
     def _send_batch(self, batch: list[tuple[Entry, int]]) -> None:
         entry = {**batch[0][0]}
         if len(batch) > 1:
             entry["points"] = [point for member, _ in batch for point in member["points"]]
-        try:
-            answer = self._handlers[entry["kind"]](self._client, self.known, entry)
-        except Exception as error:
-            hopeless = isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) in _NEVER
-            if not hopeless or entry["kind"] == "run":
-                raise
-            if len(batch) > 1:  # find the one
-                for member in batch:
-                    self._send_batch([member])
-                return
-            with self._refused.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({**entry, "reason": str(error)[:500]}) + "\n")
-            answer = None
+        answer = self._send_or_refuse(entry)
         self.known.update(answer or {}, offset=batch[-1][1])
         write_whole(self._sent, json.dumps(self._servers, indent=2))
+        for _ in batch:
+            self._waiting.popleft()
 
-    def _waiting(self) -> list[tuple[Entry, int]]:
-        """(entry, place in the file after it) of those not sent."""
+    def _send_or_refuse(self, entry: Entry) -> Known | None:
+        """Send it; of metrics that are refused, each point by itself."""
+        try:
+            return self._handlers[entry["kind"]](self._client, self.known, entry)
+        except Exception as error:
+            hopeless = isinstance(error, Gone) or getattr(error, "error_code", None) in _NEVER
+            if not hopeless or entry["kind"] == "run":
+                raise
+            if len(entry.get("points", ())) > 1:
+                for point in entry["points"]:
+                    self._send_or_refuse({**entry, "points": [point]})
+                return None
+            with self._refused.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({**entry, "reason": str(error)[:500]}) + "\n")
+            return None
+
+    def _next_batch(self) -> list[tuple[Entry, int]]:
+        """The first entry that waits, or as many metric entries from there on as fit into a request."""
+        self._read()
+        batch: list[tuple[Entry, int]] = []
+        points = 0
+        for entry, place in self._waiting:
+            points += len(entry.get("points", ()))
+            if batch and ({entry["kind"], batch[0][0]["kind"]} != {"metrics"} or points > _BATCH):
+                break
+            batch.append((entry, place))
+        return batch
+
+    def _read(self) -> None:
+        """Put what was written since into `_waiting`, as (entry, place in the file after it)."""
         if not self._queue.exists():
-            return []
-        place, found = self.known["offset"], []
+            return
         with self._queue.open("rb") as stream:
-            stream.seek(place)
+            stream.seek(self._read_to)
             for line in stream:
                 if not line.endswith(b"\n"):  # it is being written
                     break
-                place += len(line)
-                found.append((json.loads(line), place))
-        return found
+                self._read_to += len(line)
+                with suppress(ValueError):
+                    self._waiting.append((json.loads(line), self._read_to))
 
-    def _drop_half_line(self) -> None:
-        """What a process that was killed while writing left."""
+    def _end_line(self) -> None:
+        """Cut off half a line, which a process that was killed or a full disk left."""
         if self._queue.exists():
             content = self._queue.read_bytes()
-            if not content.endswith(b"\n"):
-                self._queue.write_bytes(content[: content.rfind(b"\n") + 1])
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def _first_batch(waiting: list[tuple[Entry, int]]) -> list[tuple[Entry, int]]:
-    """The first entry, or as many metric entries from there on as fit into a request."""
-    batch, points = waiting[:1], len(waiting[0][0].get("points", ())) if waiting else 0
-    for entry, place in waiting[1:]:
-        points += len(entry.get("points", ()))
-        if entry["kind"] != "metrics" or batch[0][0]["kind"] != "metrics" or points > _BATCH:
-            break
-        batch.append((entry, place))
-    return batch
+            os.truncate(self._queue, content.rfind(b"\n") + 1)

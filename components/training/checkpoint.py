@@ -16,10 +16,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from components.errors import ConfigError
+from components.config import NOT_PART_OF_TRAINING
+from components.errors import ConfigError, StorageError
 from components.objectives.weights import Learnt
 from components.training import checkpoint_files as files
-from components.training.checkpoint_files import Place
+from components.training.checkpoint_files import Damaged, Place
 from components.training.engine import Outputs, backward, optimizer_parameters, visit_gradients
 from components.training.job import Job
 from components.training.layout import Fragment, fragments
@@ -35,14 +36,14 @@ class Course(NamedTuple):
     """Steps done."""
     learnt: Learnt
     """Dual variables and balanced weights."""
+    seen: dict[str, int]
+    """The last step after which each guard's metric was seen within its bounds."""
     since_refresh: int | None = None
     """Steps since the Hessian was refreshed; None before the first time."""
     clip_fraction: float | None = None
     """SOUL's share of clipped coordinates in the last step."""
     bad_steps: int = 0
     """Steps left out so far because their numbers were not finite."""
-    good: int = 0
-    """The last step after which all guards are known to hold."""
 
 
 def gathered(value: Any, setup: Setup) -> list[Any]:
@@ -60,6 +61,7 @@ def resume(setup: Setup, place: Place, at_most: int | None = None) -> tuple[Cour
 
     Raises:
         ConfigError: when it is of another job: other settings, models or rows.
+        StorageError: on all ranks alike, when it cannot be read.
     """
     told: list[str] = []
     listed = files.steps_kept(place) if setup.batcher.rank == 0 else None
@@ -67,12 +69,19 @@ def resume(setup: Setup, place: Place, at_most: int | None = None) -> tuple[Cour
         if at_most is not None and step > at_most:
             continue
         with tempfile.TemporaryDirectory() as into:
-            problem, saved = None, None
+            problem, unread, saved = None, None, None
             try:
                 saved = _Saved(setup, place, step, Path(into))
-            except (OSError, ValueError, KeyError) as error:
-                problem = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
-            problems = [text for text in gathered(problem, setup) if text]
+            except Damaged as error:
+                problem = str(error)
+            except Exception as error:  # the store cannot be reached, no room to fetch it: no fault of the checkpoint
+                unread = f"{type(error).__name__}: {error}"
+            problems, unreads = ([text for text in gathered(t, setup) if text] for t in (problem, unread))
+            if unreads:
+                raise StorageError(
+                    f"Checkpoint cannot be read (path={place.path(step)}): {unreads[0]}. Expected the store within "
+                    "reach and room in the temporary folder. It is left as it is; give the same command again."
+                )
             if not problems:
                 assert saved is not None
                 _check_same_job(setup.job, saved.state, place.path(step))
@@ -87,8 +96,6 @@ def resume(setup: Setup, place: Place, at_most: int | None = None) -> tuple[Cour
 
 def described(job: Job) -> dict[str, Any]:
     """What a job must have in common with the one whose checkpoint it goes on from."""
-    from components.config import NOT_PART_OF_TRAINING
-
     described = job.model_dump(
         mode="json", include={"objective", "optimizer", "train", "mask", "guards", "seed", "responses_by_row"}
     )
@@ -207,7 +214,7 @@ class _Saved:
     """The fragments of a checkpoint that this rank needs, by parameter and kind, read as they are needed.
 
     Raises:
-        OSError, ValueError, KeyError: when a file is not as the manifest says, or the manifest no manifest.
+        Damaged: when a file is not as the manifest says.
     """
 
     def __init__(self, setup: Setup, place: Place, step: int, into: Path):

@@ -1,12 +1,12 @@
 """Where checkpoints lie: `<place>/step-000030/`, on a disk or in an object store, whole or not trusted.
 
 A folder counts by its `manifest.json` alone, which is written last and names every file with size, sha256 and the
-tensors in it. The files of each attempt bear a mark of their own, so that what a dead one left is never mixed in.
+tensors in it. The ranks' files bear a mark of their attempt, so that what a dead one left is never mixed in.
 """
 
-import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -16,8 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fsspec.implementations.local import LocalFileSystem
+
 from components.data.locations import is_remote, open_store
-from components.files import refused
+from components.files import free_bytes, refused
 
 MANIFEST, DAMAGED = "manifest.json", "manifest.damaged.json"
 
@@ -35,7 +37,7 @@ class Place(NamedTuple):
     @property
     def store(self) -> Any:
         """With fsspec's interface."""
-        return _store(self.url)
+        return open_store(self.url)[0] if self.remote else LocalFileSystem()
 
     def path(self, step: int, name: str = "") -> str:
         """Of a checkpoint's folder or one of its files, within the store."""
@@ -43,23 +45,26 @@ class Place(NamedTuple):
         return "/".join([root.rstrip("/"), f"step-{step:06d}", *([name] if name else [])])
 
 
-@functools.cache
-def _store(url: str) -> Any:
-    if is_remote(url):
-        return open_store(url)[0]
-    from fsspec.implementations.local import LocalFileSystem
-
-    return LocalFileSystem()
-
-
 def steps_kept(place: Place) -> list[int]:
     """Steps with a manifest, newest first."""
     return sorted((step for step, names in _folders(place) if MANIFEST in names), reverse=True)
 
 
+class Damaged(Exception):
+    """A checkpoint is not as it was written."""
+
+
 def manifest(place: Place, step: int) -> dict[str, Any]:
-    """{files: {name: {size, sha256, tensors}}, score}."""
-    return json.loads(place.store.cat_file(place.path(step, MANIFEST)))
+    """{files: {name: {size, sha256, tensors}}, score}.
+
+    Raises:
+        Damaged: when it is no manifest.
+        OSError: when it cannot be read.
+    """
+    try:
+        return json.loads(place.store.cat_file(place.path(step, MANIFEST)))
+    except ValueError as error:
+        raise Damaged(f"{MANIFEST} is no JSON") from error
 
 
 def write(place: Place, step: int, name: str, make: Callable[[Path], None], needed: int) -> dict[str, Any]:
@@ -75,6 +80,12 @@ def write(place: Place, step: int, name: str, make: Callable[[Path], None], need
         if place.remote:
             place.store.put_file(str(file), place.path(step, name))
     return about
+
+
+def free_for(place: Place) -> int:
+    """Bytes free on the disk, those of the checkpoints included that will be replaced."""
+    own = sum(file.stat().st_size for step in steps_kept(place) for file in Path(place.path(step)).iterdir())
+    return free_bytes(Path(place.url)) + own
 
 
 def write_text(place: Place, step: int, name: str, text: str) -> dict[str, Any]:
@@ -110,16 +121,21 @@ def fetch(place: Place, step: int, name: str, about: dict[str, Any], into: Path)
     """A whole file of a checkpoint, on this machine's disk: remote ones are copied to `into`.
 
     Raises:
-        OSError: when it is not there, or not as the manifest says.
+        Damaged: when it is not there, or not as the manifest says.
+        OSError: when it cannot be read.
     """
     file = Path(place.path(step, name))
-    if place.remote:
-        file = into / name
-        place.store.get_file(place.path(step, name), str(file))
-    if (size := file.stat().st_size) != about["size"]:
-        raise OSError(f"{name} has {size:,} bytes instead of {about['size']:,}")
+    try:
+        if place.remote:
+            file = into / name
+            place.store.get_file(place.path(step, name), str(file))
+        size = file.stat().st_size
+    except FileNotFoundError as error:
+        raise Damaged(f"{name} is missing") from error
+    if size != about["size"]:
+        raise Damaged(f"{name} has {size:,} bytes instead of {about['size']:,}")
     if _sha256(file) != about["sha256"]:
-        raise OSError(f"{name} has another sha256 than when it was written")
+        raise Damaged(f"{name} has another sha256 than when it was written")
     return file
 
 
@@ -130,7 +146,7 @@ def set_aside(place: Place, step: int) -> None:
 
 def clear_unfinished(place: Place) -> None:
     """Remove what attempts that were stopped while writing left behind."""
-    for step, names in _folders(place):
+    for step, names in list(_folders(place)):
         if MANIFEST not in names and DAMAGED not in names:
             _remove(place, step)
 
@@ -150,7 +166,8 @@ def prune(place: Place, keep: int, mode: str | None, also: int | None) -> None:
 
 def best_step(place: Place, mode: str) -> int | None:
     """The step with the lowest (`min`) or highest (`max`) score; of equal ones the newest."""
-    scores = [(score, step) for step in steps_kept(place) if (score := manifest(place, step)["score"]) is not None]
+    scored = [(manifest(place, step)["score"], step) for step in steps_kept(place)]
+    scores = [(score, step) for score, step in scored if score is not None and math.isfinite(score)]
     sign = 1 if mode == "max" else -1
     return max(scores, key=lambda scored: (sign * scored[0], scored[1]))[1] if scores else None
 

@@ -1,6 +1,5 @@
 """What must not break while a model forgets: bounds on metrics, and a probe of what is to be kept."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 
 from components.config import Guard, Probe
 from components.data.streams import StepRows, draw
+from components.errors import ConfigError
 from components.training.batches import to_device
 from components.training.passes import Setup
 
@@ -27,16 +27,32 @@ def broken(guards: Sequence[Guard], metrics: Mapping[str, float]) -> str | None:
     return None
 
 
-def seen_good(guards: Sequence[Guard], metrics: Mapping[str, float], step: int, seen: dict[str, int]) -> int:
-    """The last step after which all guards are known to hold, given that they do in step `step`'s `metrics`.
+def seen(guards: Sequence[Guard], metrics: Mapping[str, float], step: int, before: dict[str, int]) -> dict[str, int]:
+    """For each guard the last step after which it is known to hold, given that all do in step `step`'s `metrics`.
 
-    `seen` remembers it for each guard. A step's own metrics are measured before its update, so they speak of the step
-    before; the probe comes after it.
+    A step's own metrics are measured before its update, so they speak of the step before; the probe comes after it.
+    """
+    now = {g.metric: step if g.metric == PROBE else step - 1 for g in guards if g.metric in metrics}
+    return {**before, **now}
+
+
+def last_good(guards: Sequence[Guard], seen_: Mapping[str, int]) -> int:
+    """The last step after which all guards are known to hold."""
+    return min((seen_.get(guard.metric, 0) for guard in guards), default=0)
+
+
+def check_measured(guards: Sequence[Guard], metrics: Mapping[str, float]) -> None:
+    """Refuse a guard on what no step measures.
+
+    Raises:
+        ConfigError: with what there is.
     """
     for guard in guards:
-        if guard.metric in metrics:
-            seen[guard.metric] = step if guard.metric == PROBE else step - 1
-    return min((seen.get(guard.metric, 0) for guard in guards), default=step)
+        if guard.metric != PROBE and guard.metric not in metrics:
+            raise ConfigError(
+                f"Guard is on what is not measured (metric={guard.metric}). Expected one of "
+                f"{', '.join(sorted(metrics))} or, with train.probe, {PROBE}."
+            )
 
 
 def probe(setup: Setup, config: Probe, steps: int) -> float:
@@ -68,8 +84,3 @@ def probe_rows(setup: Setup, config: Probe, steps: int) -> StepRows:
         forget=np.zeros(count, dtype=np.int64), normal=chosen, random=np.zeros((count, 0), dtype=np.int64),
         counter=np.arange(count),
     )  # fmt: skip
-
-
-def is_good(value: float) -> bool:
-    """Finite, so that JSON and MLflow can hold it."""
-    return math.isfinite(value)

@@ -1,6 +1,5 @@
 """One training job as plain data: everything `train_loop` needs, so that it can cross to any process."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from pydantic import Field
 from components.config import Guard, Objective, Optimizer, Section, Train, Wagle
 from components.data.rows import PreparedRows
 from components.data.streams import Plan
+from components.files import append_line
 
 
 class Job(Section):
@@ -86,5 +86,4 @@ def total_steps(job: Job, plan: Plan) -> int:
 def note(job: Job, event: str, text: str, **facts: Any) -> None:
     """Append to the job's events; for rank 0."""
     if job.events:
-        with open(job.events, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"time": time.time(), "event": event, "text": text, **facts}) + "\n")
+        append_line(Path(job.events), {"time": time.time(), "event": event, "text": text, **facts})

@@ -27,6 +27,8 @@ def run_job(job: Job, scratch: Path) -> dict[str, Any]:
     Ctrl-C and SIGTERM make it stop after the present step, with a checkpoint; a second one stops it at once. All of
     that stands in `job.events`.
 
+    `signal` in what is returned is the number of one that came too late to stop anything, else None.
+
     Raises:
         Stopped: after a signal, when the checkpoint is written.
         ClusterError: when the cluster is smaller than asked for.
@@ -35,14 +37,14 @@ def run_job(job: Job, scratch: Path) -> dict[str, Any]:
     if job.stop:
         Path(job.stop).unlink(missing_ok=True)
     with _signals_stop(job) as caught:
-        outcome = _attempts(job, scratch)
+        outcome = _attempts(job, scratch, caught)
     if outcome["stopped"]:
         number = caught[0] if caught else signal.SIGTERM
         raise Stopped(f"Stopped after step {outcome['steps']}; the same command goes on from there.", number)
-    return outcome
+    return {**outcome, "signal": caught[0] if caught else None}
 
 
-def _attempts(job: Job, scratch: Path) -> dict[str, Any]:
+def _attempts(job: Job, scratch: Path, caught: list[int]) -> dict[str, Any]:
     if job.train.workers == 0:
         return _run_here(job)
     for attempt in itertools.count(1):
@@ -52,7 +54,7 @@ def _attempts(job: Job, scratch: Path) -> dict[str, Any]:
             if attempt > job.train.max_failures:
                 raise died.told from died
             note(job, "failure", f"{died.told} Attempt {attempt + 1} of {job.train.max_failures + 1}", attempt=attempt)
-            _await_cluster(job)
+            _await_cluster(job, caught)
     raise AssertionError
 
 
@@ -159,17 +161,21 @@ def _in_thread(call: Callable[[], Any]) -> Any:
     return found[0]
 
 
-def _await_cluster(job: Job) -> None:
-    """Wait for the nodes that the job needs: after one died, its successor may take minutes to come."""
+def _await_cluster(job: Job, caught: list[int]) -> None:
+    """Wait for the nodes that the job needs: after one died, its successor may take minutes to come.
+
+    Raises:
+        Stopped: when a signal was caught.
+        ClusterError: when they do not come.
+    """
     deadline = time.monotonic() + _NODE_PATIENCE
     while True:
+        if caught:
+            raise Stopped("Stopped between two attempts; the same command goes on from the checkpoint.", caught[0])
         try:
             check_cluster(job.train.workers, job.train.cpus_per_worker, job.train.gpus_per_worker)
             return
         except ClusterError:
-            if job.stop and Path(job.stop).exists():
-                told = "Stopped while waiting for nodes; the same command goes on from the newest checkpoint."
-                raise Stopped(told, signal.SIGTERM) from None
             if time.monotonic() > deadline:
                 raise
             time.sleep(1)

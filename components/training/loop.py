@@ -25,13 +25,13 @@ from components.training.engine import (
     start_engine,
 )
 from components.training.gradients import choose_mask, hold
-from components.training.guards import PROBE, broken, probe, seen_good
+from components.training.guards import PROBE, broken, check_measured, last_good, probe, seen
 from components.training.job import Job, make_plan, note, open_sets, total_steps
 from components.training.losses import steering_direction
 from components.training.passes import Setup
 from components.training.reference import Reference
-from components.training.saving import Saving, check_room
-from components.training.step import leave_out, one_step, step_of
+from components.training.saving import Saving, alone, check_room
+from components.training.step import BAD_STEPS, leave_out, one_step, step_of
 from components.training.trainable import answer_model, save_result
 
 _NOTICE_SECONDS = 2.0  # between two questions whether a machine is about to go
@@ -50,7 +50,7 @@ def train_loop(
     Raises:
         TrainingError: on all ranks alike when more than `train.max_bad_steps` steps had a loss or gradient that is not
             finite, or a guard was broken before any checkpoint.
-        StorageError: on all ranks alike when a checkpoint or the model cannot be written.
+        StorageError: when a checkpoint, the model or the metrics cannot be written.
     """
     quiet_libraries()
     before = _memory_at_start(device)
@@ -58,44 +58,49 @@ def train_loop(
     place = Place(job.checkpoints) if job.checkpoints else None
     setup, course = _resumed(setup, place, steps)
     saving = Saving(setup, place, gathered(uuid.uuid4().hex[:8], setup)[0]) if place else None
-    seen = {guard.metric: course.good for guard in job.guards}
-    guard = stopped = None
+    guard, stopped, best = None, False, job.train.checkpoint_best
     started = looked = time.perf_counter()
     noticed = False
 
-    while course.step < steps and not stopped and not guard:
-        step_started = time.perf_counter()
-        try:
-            course, measured, tokens, rows = one_step(setup, course, steps)
-        except BadNumbers as bad:
-            course, measured, tokens, rows = leave_out(setup, course, bad)
-        number = course.step
-        if job.train.probe and (number % job.train.probe.every == 0 or number == steps):
-            measured[PROBE] = probe(setup, job.train.probe, steps)
-        guard = broken(job.guards, measured)
-        if not guard:
-            course = course._replace(good=seen_good(job.guards, measured, number, seen))
-        asked = rank == 0 and job.stop is not None and Path(job.stop).exists()
-        due = rank == 0 and time.perf_counter() - looked > _NOTICE_SECONDS
-        memory, stopped, look = _largest(setup, _peak_memory(device) - before, asked, notice is not None and due)
-        if rank == 0:
-            seconds = time.perf_counter() - step_started
-            line = {
-                "time": time.time(), "step": number, "steps": steps, "rows": rows, **measured,
-                "perf/tokens_per_second": tokens / seconds, "perf/step_seconds": seconds,
-                "perf/memory_gib": memory / 2**30,
-            }  # fmt: skip
-            with writing("Metrics", job.metrics), open(job.metrics, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
-        just_in_time = False
-        if look and notice is not None:
-            looked = time.perf_counter()
-            just_in_time = notice() and not noticed
-            noticed = noticed or just_in_time
-            if just_in_time and rank == 0:
-                note(job, "notice", f"a machine is about to go: checkpoint after step {number}", step=number)
-        if saving and not guard and (stopped or just_in_time or _checkpoint_due(job, number, steps)):
-            saving.save(course, measured.get(job.train.checkpoint_best.metric) if job.train.checkpoint_best else None)
+    try:
+        while course.step < steps and not stopped and not guard:
+            step_started = time.perf_counter()
+            try:
+                course, measured, tokens, rows = one_step(setup, course, steps)
+            except BadNumbers as bad:
+                course, measured, tokens, rows = leave_out(setup, course, bad)
+            number = course.step
+            if job.train.probe and (number % job.train.probe.every == 0 or number == steps):
+                measured[PROBE] = probe(setup, job.train.probe, steps)
+            if BAD_STEPS not in measured:
+                check_measured(job.guards, measured)
+            guard = broken(job.guards, measured)
+            if not guard:
+                course = course._replace(seen=seen(job.guards, measured, number, course.seen))
+            asked = rank == 0 and job.stop is not None and Path(job.stop).exists()
+            due = rank == 0 and time.perf_counter() - looked > _NOTICE_SECONDS
+            memory, stopped, look = _largest(setup, _peak_memory(device) - before, asked, notice is not None and due)
+            if rank == 0:
+                seconds = time.perf_counter() - step_started
+                line = {
+                    "time": time.time(), "step": number, "steps": steps, "rows": rows, **measured,
+                    "perf/tokens_per_second": tokens / seconds, "perf/step_seconds": seconds,
+                    "perf/memory_gib": memory / 2**30,
+                }  # fmt: skip
+                with writing("Metrics", job.metrics), open(job.metrics, "a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(line) + "\n")
+            just_in_time = False
+            if look and notice is not None:
+                looked = time.perf_counter()
+                just_in_time = notice() and not noticed
+                noticed = noticed or just_in_time
+                if just_in_time and rank == 0:
+                    note(job, "notice", f"a machine is about to go: checkpoint after step {number}", step=number)
+            if saving and not guard and (stopped or just_in_time or _checkpoint_due(job, number, steps)):
+                saving.save(course, measured.get(best.metric) if best else None)
+    finally:  # an error must not leave half a checkpoint
+        if saving:
+            saving.join()
 
     if saving:
         saving.finish()
@@ -104,12 +109,20 @@ def train_loop(
         return _ended(setup, course, seconds, stopped=True)
     if guard or job.train.checkpoint_best:
         course = _gone_back(setup, place, course, guard)
-    state = consolidated_state(setup.engine)
-    if rank == 0 and state is not None:
+    _write_model(setup)
+    return _ended(setup, course, seconds, stopped=False)
+
+
+def _write_model(setup: Setup) -> None:
+    job, state = setup.job, consolidated_state(setup.engine)
+
+    def write() -> None:
+        assert state is not None
         needed = sum(tensor.nbytes for tensor in state.values())
         with writing("Model", job.output, needed), whole_folder(Path(job.output)) as folder:
             save_result(job, setup.engine.module.model, state, folder)
-    return _ended(setup, course, seconds, stopped=False)
+
+    alone(setup, write if setup.batcher.rank == 0 and state is not None else None)
 
 
 def make_batcher(job: Job, rank: int, world: int, device: torch.device) -> Batcher:
@@ -159,7 +172,7 @@ def _resumed(setup: Setup, place: Place | None, steps: int) -> tuple[Setup, Cour
         _keep_lines(Path(job.metrics), course.step if course else 0)
         if course:
             note(job, "resumed", f"going on after step {course.step}", step=course.step)
-    return setup, course or Course(0, first_learnt(job.objective))
+    return setup, course or Course(0, first_learnt(job.objective), {})
 
 
 def _checkpoint_due(job: Job, number: int, steps: int) -> bool:
@@ -171,18 +184,22 @@ def _gone_back(setup: Setup, place: Place | None, course: Course, guard: str | N
     """The checkpoint that is to become the model: the last within all guards, or the best."""
     assert place is not None
     job, best = setup.job, setup.job.train.checkpoint_best
-    step = course.good if guard else best_step(place, best.mode) if best else None
-    if step == course.step:
+    step: int | None = last_good(job.guards, course.seen)
+    if not guard and best:
+        step = gathered(best_step(place, best.mode) if setup.batcher.rank == 0 else None, setup)[0]
+    if step == course.step or step is None:
         return course
-    found = resume(setup, place, at_most=step)[0] if step is not None else None
+    found, told = resume(setup, place, at_most=step)
     if found is None and guard:
         raise TrainingError(
             f"A guard was broken before any checkpoint ({guard} in step {course.step}). Expected some steps within all "
             "guards. Lower optimizer.lr or train.checkpoint_every, or loosen the guard."
         )
-    if found and setup.batcher.rank == 0:
-        why = f"guard: {guard} in step {course.step}" if guard else f"best {best.metric}" if best else ""
-        note(job, "guard" if guard else "best", f"{why}; the model is that of step {found.step}", step=found.step)
+    why = f"guard: {guard} in step {course.step}" if guard else f"best {best.metric}" if best else ""
+    if found:
+        told.append(f"{why}; the model is that of step {found.step}")
+    for text in told if setup.batcher.rank == 0 else []:
+        note(job, "guard" if guard else "best", text)
     return found or course
 
 

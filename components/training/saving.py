@@ -3,9 +3,8 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from components.errors import StorageError
-from components.files import free_bytes
 from components.training import checkpoint_files as files
 from components.training.checkpoint import Course, described, gathered, scalars_of, split_of, tensors_of
 from components.training.checkpoint_files import Place
+from components.training.guards import last_good
 from components.training.passes import Setup
 
 _PATIENCE = 3600.0  # seconds that rank 0 waits for the other ranks' files: a slow store is no reason to give up
@@ -30,7 +29,6 @@ class Saving:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._copies: dict[str, Tensor] = {}
-        self.newest: int | None = None
 
     def save(self, course: Course, score: float | None) -> None:
         """Copy the state and write it behind the scenes.
@@ -46,7 +44,6 @@ class Saving:
             "course": course._asdict(), "scalars": scalars_of(self._setup), "world": self._setup.batcher.world,
             "job": described(self._setup.job), "split": split_of(self._setup), "score": score, "time": time.time(),
         }  # fmt: skip
-        self.newest = course.step
         self._thread = threading.Thread(target=self._write, args=(course, tensors, state), daemon=True)
         self._thread.start()
 
@@ -60,12 +57,16 @@ class Saving:
         Raises:
             StorageError: on all ranks alike, when one of them could not write.
         """
-        if self._thread:
-            self._thread.join()
+        wait_for(self._thread, self._setup)
         self._thread = None
         failures = [str(e) for e in gathered(self._error, self._setup) if e]
         if failures:
             raise StorageError(failures[0]) from self._error
+
+    def join(self) -> None:
+        """Let this rank's part be written, whatever becomes of the others."""
+        if self._thread:
+            self._thread.join()
 
     def _copied(self) -> Iterator[tuple[str, Tensor]]:
         """Copies in the CPU's memory, the same memory each time: to get it anew costs ten times the copying."""
@@ -82,14 +83,50 @@ class Saving:
             _write(self._place, self._mark, course.step, rank, tensors, state)
             if rank == 0:
                 best = job.train.checkpoint_best
-                good = course.good if job.guards else None
-                files.prune(self._place, job.train.keep_checkpoints, best.mode if best else None, good)
+                good = last_good(job.guards, course.seen) if job.guards else None
+                with suppress(OSError):  # the new one is whole; the old ones go with the next
+                    files.prune(self._place, job.train.keep_checkpoints, best.mode if best else None, good)
         except Exception as error:
             self._error = error
             with suppress(Exception):  # rank 0 need not wait for it
                 files.write_text(
                     self._place, course.step, _receipt(rank, self._mark), json.dumps({"error": str(error)})
                 )
+
+
+def wait_for(thread: threading.Thread | None, setup: Setup) -> None:
+    """Until no rank's thread works any more, however long that takes: in exchanges far shorter than a timeout.
+
+    A collective.
+    """
+    while True:
+        if thread:
+            thread.join(1.0)
+        if not any(gathered(thread is not None and thread.is_alive(), setup)):
+            return
+
+
+def alone(setup: Setup, work: Callable[[], None] | None) -> None:
+    """Do `work` on the rank that has some, while the others wait. A collective.
+
+    Raises:
+        StorageError: on all ranks alike, when it failed.
+    """
+    failed: list[str] = []
+
+    def run() -> None:
+        try:
+            assert work is not None
+            work()
+        except Exception as error:
+            failed.append(str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}")
+
+    thread = threading.Thread(target=run) if work else None
+    if thread:
+        thread.start()
+    wait_for(thread, setup)
+    if told := [text for texts in gathered(failed, setup) for text in texts]:
+        raise StorageError(told[0])
 
 
 def check_room(setup: Setup, place: Place) -> None:
@@ -100,14 +137,15 @@ def check_room(setup: Setup, place: Place) -> None:
     """
     if place.remote:
         return
-    kept = setup.job.train.keep_checkpoints + 1
-    one, free = checkpoint_bytes(setup), free_bytes(Path(place.url))
-    have = sum(file.stat().st_size for file in Path(place.url).rglob("*.safetensors"))
-    if one * kept > free + have:
+    train = setup.job.train
+    kept = 1 if train.checkpoint_every is None else 1 + train.keep_checkpoints
+    kept += bool(train.checkpoint_best) + bool(setup.job.guards)
+    one, free = checkpoint_bytes(setup), files.free_for(place)
+    if one * kept > free:
         raise StorageError(
             f"Checkpoints would not fit (path={place.url}, bytes needed={one * kept:,} for {kept} of {one:,}, "
-            f"bytes free={free + have:,}). Expected room for train.keep_checkpoints={kept - 1} and the one being "
-            "written. Make room, keep fewer, or set train.checkpoint_storage or storage to another place."
+            f"bytes free={free:,}). Expected room for those that are kept and the one being written. Make room, lower "
+            "train.keep_checkpoints, or set train.checkpoint_storage or storage to another place."
         )
 
 

@@ -23,6 +23,8 @@ from components.training.job import Job, note
 from components.training.losses import combined
 from components.training.passes import Setup, Step, accumulate, sum_over_ranks
 
+BAD_STEPS = "train/bad_steps"  # metric of a step that was left out
+
 
 class Done(NamedTuple):
     """One step, done or left out."""
@@ -43,12 +45,7 @@ def one_step(setup: Setup, course: Course, steps: int) -> Done:
         BadNumbers: on all ranks alike when a loss or gradient is not finite; no parameter is changed then.
     """
     job, objective, plan, optimizer = setup.job, setup.job.objective, setup.batcher.plan, setup.optimizer
-    number, learnt, since_refresh, clip_fraction = (
-        course.step,
-        course.learnt,
-        course.since_refresh,
-        course.clip_fraction,
-    )
+    number, learnt, _, since_refresh, clip_fraction, _ = course
     step = step_of(setup, number)
     weights = weights_at(objective, number, steps, plan.steps_per_epoch, learnt)
     measured: dict[str, float] = {}
@@ -87,7 +84,7 @@ def one_step(setup: Setup, course: Course, steps: int) -> Done:
 
 
 def leave_out(setup: Setup, course: Course, bad: BadNumbers) -> Done:
-    """The step whose numbers were bad, recorded and passed over; parameters and optimizer are as before it.
+    """The step whose numbers were bad, recorded and passed over; parameters and momentum are as before it.
 
     Raises:
         TrainingError: when there were more of them than allowed.
@@ -108,10 +105,16 @@ def leave_out(setup: Setup, course: Course, bad: BadNumbers) -> Done:
         note(job, "bad_step", text, step=number, ranks=ranks, rows=ids)
     if count > job.train.max_bad_steps:
         shown = "; ".join(f"{group} {', '.join(found[:8])}{' …' * (len(found) > 8)}" for group, found in ids.items())
+        raise TrainingError(f"{bad} Rows of the batch: {shown}. {_last_checkpoint(job)}") from None
+    return Done(course._replace(step=number, bad_steps=count), {BAD_STEPS: float(count)}, 0.0, _digest(rows))
+
+
+def _last_checkpoint(job: Job) -> str:
+    try:
         kept = steps_kept(Place(job.checkpoints)) if job.checkpoints else []
-        last = f"The last checkpoint is that of step {kept[0]}." if kept else "There is no checkpoint."
-        raise TrainingError(f"{bad} Rows of the batch: {shown}. {last}") from bad
-    return Done(course._replace(step=number, bad_steps=count), {"train/bad_steps": float(count)}, 0.0, _digest(rows))
+    except OSError as error:
+        return f"The checkpoints cannot be looked at: {error}."
+    return f"The last checkpoint is that of step {kept[0]}." if kept else "There is no checkpoint."
 
 
 def _digest(rows: StepRows) -> str:
