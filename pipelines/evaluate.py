@@ -14,7 +14,8 @@ import pyarrow as pa
 from components.config import Pretrained, Recipe, run_name
 from components.data.prepare import Prepared, prepare
 from components.errors import ConfigError, ModelError
-from components.evaluation.metrics import evaluate_records
+from components.evaluation.evaluate import Reference, evaluate_records, reference_of
+from components.evaluation.exchange import read_reference
 from components.evaluation.report import metrics_table
 from components.evaluation.scoring import score
 from components.models import fingerprint, load_tokenizer, local_folder, tokenizer_facts
@@ -43,8 +44,11 @@ def run(command: Command) -> None:
         check_same_tokens(list(models.values()))
         sets = prepare_questions(recipe, original)
         records = {name: score_model(recipe, model, sets) for name, model in models.items()}
-    reference = records.get("retain-only")
-    say(metrics_table({name: evaluate_records(r, reference, recipe.evaluation) for name, r in records.items()}))
+    reference = retain_reference(recipe, records.get("retain-only"))
+    evaluated = {name: evaluate_records(r, reference, recipe.evaluation) for name, r in records.items()}
+    say(metrics_table({name: found.values for name, found in evaluated.items()}))
+    for name, why in {n: why for found in evaluated.values() for n, why in found.missing.items()}.items():
+        say(f"not computed: {name} {why}")
 
 
 def plan(command: Command) -> str:
@@ -77,6 +81,13 @@ def check_same_tokens(models: list[Model]) -> None:
                 f"Models have different tokenizers (path={model.folder}, other={models[0].folder}). Expected the "
                 "same one, so that their probabilities are of the same tokens."
             )
+
+
+def retain_reference(recipe: Recipe, records: pa.Table | None) -> Reference | None:
+    """What metrics need of the retain-only model: from its records, else from the log that the recipe names."""
+    if records is not None:
+        return reference_of(records)
+    return read_reference(Path(recipe.evaluation.retain_log).expanduser()) if recipe.evaluation.retain_log else None
 
 
 def score_model(recipe: Recipe, model: Model, sets: dict[str, Prepared]) -> pa.Table:

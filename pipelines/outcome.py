@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
+
 from components.config import Recipe
+from components.evaluation.evaluate import Evaluated
+from components.evaluation.exchange import open_unlearning_log
 from components.evaluation.report import Sample, metrics_table, write_model_card, write_report
 from components.files import write_whole
 from components.tracking.gates import GateResult, gate_cells, gate_table
@@ -17,13 +21,20 @@ class Outcome(NamedTuple):
 
     recipe: Recipe
     folder: Path
-    metrics: dict[str, dict[str, float]]
+    evaluated: dict[str, Evaluated]
     """By model: original, unlearned, retain-only, as far as they were evaluated."""
+    records: dict[str, pa.Table]
+    """What the metrics were computed from."""
     samples: dict[str, list[Sample]]
     """By question set."""
     gates: list[GateResult]
     facts: dict[str, str]
     """How the model was made."""
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """By model and name."""
+        return {name: evaluated.values for name, evaluated in self.evaluated.items()}
 
     @property
     def champion(self) -> bool:
@@ -39,8 +50,15 @@ def write_files(outcome: Outcome) -> None:
     for name, values in outcome.metrics.items():
         write_whole(folder / "eval" / f"{name}.json", json.dumps(values, indent=2))
     write_report(
-        folder / "report.html", title, outcome.facts, outcome.metrics, lines, outcome.samples, gate_cells(outcome.gates)
-    )
+        folder / "report.html", title, outcome.facts, outcome.evaluated, outcome.records, lines, outcome.samples,
+        gate_cells(outcome.gates),
+    )  # fmt: skip
+    everything = {name: evaluated._asdict() for name, evaluated in outcome.evaluated.items()}
+    write_whole(folder / "metrics.json", json.dumps(everything, indent=2))
+    if "real_authors" in outcome.recipe.evaluation.sets and "unlearned" in outcome.evaluated:
+        log, summary = open_unlearning_log(outcome.evaluated["unlearned"], outcome.records["unlearned"].to_pylist())
+        write_whole(folder / "eval" / "TOFU_EVAL.json", json.dumps(log, indent=2))
+        write_whole(folder / "eval" / "TOFU_SUMMARY.json", json.dumps(summary, indent=2))
     write_model_card(folder / "model" / "README.md", title, outcome.facts, outcome.metrics)
 
 

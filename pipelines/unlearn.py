@@ -22,7 +22,7 @@ import pyarrow as pa
 from components.config import Recipe, config_hash, registered_name, run_name
 from components.console import duration
 from components.data.prepare import Prepared
-from components.evaluation.metrics import evaluate_records
+from components.evaluation.evaluate import Evaluated, evaluate_records
 from components.evaluation.report import Sample, first_samples
 from components.files import only_one, read_lines, write_whole, writing
 from components.models import fingerprint, load_tokenizer, parameter_count, tokenizer_facts
@@ -35,7 +35,7 @@ from components.training.job import Job
 from components.training.launch import run_job
 from components.training.reference import needs, reference_pass
 from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
-from pipelines.evaluate import check_same_tokens, prepare_questions, score_model
+from pipelines.evaluate import check_same_tokens, prepare_questions, retain_reference, score_model
 from pipelines.finetune import (
     Model,
     check_cluster_for,
@@ -52,6 +52,7 @@ from pipelines.prepare import Streams, data_counts, notes, prepare_streams
 from pipelines.run_folder import begin, check_begun, run_folder
 from pipelines.training import checkpoint_place, say_stopped, shown, telling
 
+_MODELS = ("original", "unlearned", "retain-only")
 _PATIENCE, _SHORT_PATIENCE = 20.0, 3.0  # seconds that MLflow may fail to answer before the command ends without it
 
 
@@ -140,10 +141,10 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
     if questions and retain_only:
         check_same_tokens([original, retain_only])
         records["retain-only"] = score_model(recipe, retain_only, questions)
-    reference = records.get("retain-only")
+    reference = retain_reference(recipe, records.get("retain-only"))
     before = {name: evaluate_records(table, reference, recipe.evaluation) for name, table in records.items()}
     if before:
-        say("baseline     " + ", ".join(_headline(name, metrics) for name, metrics in before.items()))
+        say("baseline     " + ", ".join(_headline(name, found.values) for name, found in before.items()))
 
     spool = open_spool(folder, recipe.tracking, storage, telling("MLflow"))
     made_from = {"model": original.hash, **{name: prepared.digest for name, prepared in streams.sets().items()}}
@@ -153,7 +154,7 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
         say(f"attempt      {attempt}")
     try:
         put_metrics(spool, "data", data_counts(streams), step=0)
-        put_metrics(spool, "eval", before.get("original", {}), step=0)
+        put_metrics(spool, "eval", before["original"].values if before else {}, step=0)
         with spool.sending():
             trained = _train(recipe, folder, original, streams, spool, made_from, checkpoints)
             outcome = _judge(recipe, folder, original, streams, questions, records, before, spool, trained)
@@ -191,25 +192,29 @@ def run_tags(recipe: Recipe, original: Model, streams: Streams) -> dict[str, str
 
 def _judge(
     recipe: Recipe, folder: Path, original: Model, streams: Streams, questions: dict[str, Prepared],
-    records: dict[str, pa.Table], before: dict[str, dict[str, float]], spool: Spool, trained: dict[str, Any],
+    records: dict[str, pa.Table], before: dict[str, Evaluated], spool: Spool, trained: dict[str, Any],
 ) -> Outcome:  # fmt: skip
     """Evaluate what was trained, write the report, and have it registered."""
     model = Model(folder / "model", fingerprint(folder / "model"))
 
     samples: dict[str, list[Sample]] = {}
-    metrics = dict(before)
+    evaluated = dict(before)
     if questions:
-        after = score_model(recipe, model, questions)
-        metrics["unlearned"] = evaluate_records(after, records.get("retain-only"), recipe.evaluation)
+        after = records["unlearned"] = score_model(recipe, model, questions)
+        evaluated["unlearned"] = evaluate_records(
+            after, retain_reference(recipe, records.get("retain-only")), recipe.evaluation
+        )
         samples = {name: first_samples(records["original"], after, name) for name in questions}
-    unlearned = metrics.get("unlearned", {})
+    values = {name: found.values for name, found in evaluated.items()}
+    unlearned = values.get("unlearned", {})
     happened = [event["text"] for event in read_lines(folder / "events.jsonl")]
     outcome = Outcome(
         recipe=recipe,
         folder=folder,
-        metrics={name: metrics[name] for name in ("original", "unlearned", "retain-only") if name in metrics},
+        evaluated={name: evaluated[name] for name in _MODELS if name in evaluated},
+        records={name: records[name] for name in _MODELS if name in records},
         samples=samples,
-        gates=judge(recipe.gates, unlearned, metrics.get("original", {})),
+        gates=judge(recipe.gates, unlearned, values.get("original", {})),
         facts={
             "command": shlex.join(["python", *sys.argv]),
             "recipe": f"{recipe.name}, config hash {config_hash(recipe)}, seed {recipe.seed}",
@@ -223,7 +228,7 @@ def _judge(
     with writing("Report", folder):
         write_files(outcome)
     put_metrics(spool, "eval", unlearned, step=trained["steps"])
-    put_metrics(spool, "retain_only", metrics.get("retain-only", {}), step=0)
+    put_metrics(spool, "retain_only", values.get("retain-only", {}), step=0)
     for file in ("report.html", "events.jsonl"):
         if (folder / file).exists():
             spool.put("artifact", path=str(folder / file))

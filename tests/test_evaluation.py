@@ -1,6 +1,9 @@
+import json
 import math
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -8,11 +11,16 @@ from scipy.stats import hmean
 
 from components.config import Data, Evaluation, Train
 from components.data.prepare import Prepared, prepare
+from components.errors import DataError
+from components.evaluation import evaluate
+from components.evaluation import metrics as rows_
+from components.evaluation.evaluate import better, evaluate_records, forget_quality, harmonic_mean, reference_of
+from components.evaluation.exchange import open_unlearning_log, read_reference
+from components.evaluation.membership import ATTACKS, auc, min_k_plus_plus, privleak
 from components.evaluation.metrics import (
-    evaluate_records,
-    forget_quality,
+    ROW_METRICS,
     log_truth_ratio,
-    model_utility,
+    log_truth_ratio_arithmetic,
     normalised_probability,
     probability,
     rouge_recall,
@@ -23,28 +31,82 @@ from components.models import fingerprint, load_tokenizer, tokenizer_facts
 from tests.conftest import people
 
 ROW = {"logp": [[math.log(0.5), math.log(0.5)], [math.log(0.25)], [math.log(0.1)], [math.log(0.4)] * 3],
-       "paraphrased": True, "answer": "the red fox", "generated": "a red fox jumps"}  # fmt: skip
+       "paraphrased": True, "answer": "the red fox", "generated": "a red fox jumps", "set": "forget",
+       "mean": [-1.0, -2.0], "variance": [4.0, 0.0], "hit": [True, False]}  # fmt: skip
 
 
 def test_row_metrics_in_closed_form() -> None:
     assert probability(ROW) == pytest.approx(0.5)
     assert normalised_probability(ROW) == pytest.approx(0.5 / (0.5 + 0.1 + 0.4))
     assert math.exp(log_truth_ratio(ROW)) == pytest.approx(math.sqrt(0.1 * 0.4) / 0.25)
+    assert math.exp(log_truth_ratio_arithmetic(ROW)) == pytest.approx((0.1 + 0.4) / 2 / 0.25)
     without = {**ROW, "paraphrased": False, "logp": [ROW["logp"][0], *ROW["logp"][2:]]}
     assert math.exp(log_truth_ratio(without)) == pytest.approx(math.sqrt(0.1 * 0.4) / 0.5)
-    assert rouge_recall("the red fox", "a red fox jumps") == pytest.approx(2 / 3)
-    assert rouge_recall("runs", "running") == 1.0  # stemmed
+    assert rows_.truth_ratio_score(ROW) == pytest.approx(0.2 / 0.25)
+    assert rows_.truth_ratio_score({**ROW, "set": "retain"}) == pytest.approx(1 - 0.2 / 0.25)
+    assert rouge_recall(ROW) == pytest.approx(2 / 3)
+    assert rouge_recall({"answer": "runs", "generated": "running"}) == 1.0  # stemmed
+    assert rows_.longest_run(ROW) == pytest.approx(2 / 3)
+    assert rows_.longest_run({"answer": "a b c d", "generated": "x a b a b c"}) == 0.75
+    assert rows_.unique_words({"generated": "a b a b"}) == 0.5
+    assert rows_.unique_words({"generated": ""}) == rows_.bleu({"answer": "a", "generated": ""}) == 0
+    same = "one two three four five"
+    assert rows_.bleu({"answer": same, "generated": same}) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("hits", "memorized", "strength"),
+    [  # the last one is the EOS's, which is not counted
+        ([True, True, True, False], 1.0, 1.0),
+        ([False, True, True, False], 2 / 3, 2 / 3),
+        ([True, True, False, True], 2 / 3, 0.0),
+        ([False, False, False, True], 0.0, 0.0),
+        ([True], 1.0, 1.0),
+        ([False], 0.0, 0.0),
+    ],
+)
+def test_memorisation_counts_tokens(hits: list[bool], memorized: float, strength: float) -> None:
+    assert rows_.exact_memorization({"hit": hits}) == pytest.approx(memorized)
+    assert rows_.extraction_strength({"hit": hits}) == pytest.approx(strength)
+
+
+def test_attacks_in_closed_form() -> None:
+    row = {**ROW, "logp": [[-1.0, -5.0, -2.0, -9.0]], "mean": [-2.0] * 4, "variance": [1.0, 9.0, 4.0, 1.0]}
+    assert ATTACKS["loss"](row) == pytest.approx(17 / 4)
+    assert ATTACKS["zlib"](row) == pytest.approx(17 / 4 / len(zlib.compress(b"the red fox")))
+    assert ATTACKS["min_k"](row) == pytest.approx(5)  # 40 % of three tokens is one
+    assert min_k_plus_plus(row) == pytest.approx(1)  # (-5 + 2) / 3
+    assert auc([1, 2, 2], [2, 3]) == pytest.approx(roc_auc([1, 2, 2], [2, 3])) == pytest.approx(5 / 6)
+    assert privleak(0.9, 0.5) == pytest.approx(-80)
+    assert privleak(0.5, 0.5) == 0
+
+
+def roc_auc(members: list[float], others: list[float]) -> float:
+    pairs = [(a, b) for a in members for b in others]
+    return sum(1.0 if b > a else 0.5 if a == b else 0.0 for a, b in pairs) / len(pairs)
 
 
 def test_forget_quality_is_the_ks_test() -> None:
-    assert forget_quality([1, 2, 3, 4], [1, 2, 3, 4]) == 1
-    assert forget_quality([0.1] * 10, [0.9] * 10) == pytest.approx(2 / math.comb(20, 10))
+    assert forget_quality([1, 2, 3, 4], [1, 2, 3, 4]) == (1, 0)
+    assert forget_quality([0.1] * 10, [0.9] * 10)[0] == pytest.approx(2 / math.comb(20, 10))
+    tiny, log = forget_quality([0.1] * 3000, [0.9] * 3000)
+    assert tiny < 1e-300
+    assert log == pytest.approx(math.log10(2) - 3000 / math.log(10))
 
 
 def test_model_utility_is_the_harmonic_mean_and_zero_when_any_part_is() -> None:
-    parts = {"a_probability": 0.2, "a_rouge": 0.5, "a_truth_ratio": 0.8, "b_probability": 0.9, "b_rouge": 1.0}
-    assert model_utility(parts, ["a", "b"]) == pytest.approx(hmean(list(parts.values())))
-    assert model_utility({**parts, "a_rouge": 0.0}, ["a", "b"]) == 0
+    parts = np.array([0.2, 0.5, 0.8, 0.9, 1.0])
+    assert harmonic_mean(parts) == pytest.approx(hmean(parts))
+    assert harmonic_mean(np.array([0.2, 0.0])) == 0
+
+
+def test_every_metric_says_which_way_is_good() -> None:
+    assert better("forget_probability") == better("forget_extraction_strength") == "lower"
+    assert better("retain_probability") == better("forget_truth_ratio") == better("forget_quality") == "higher"
+    assert better("forget_unique_words") == "higher"
+    assert better("mia_min_k") == "0.5"
+    assert better("privleak") == "0"
+    assert all(metric.meaning for metric in ROW_METRICS.values())
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +117,7 @@ def evaluation() -> Evaluation:
             "forget": {"rows": [people("forget", **mapping)]},
             "retain": {"rows": [people("normal", limit=20, **mapping)]},
             "general": {"rows": [people("general", limit=10, **mapping)], "normalised": True},
+            "holdout": {"rows": [people("holdout", **mapping)]},
         },
         utility=["retain", "general"],
         max_new_tokens=12,
@@ -77,14 +140,19 @@ def test_scores_equal_a_plain_forward_of_each_pair(records: pa.Table, base: Path
     from transformers import AutoModelForCausalLM
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base).double(), load_tokenizer(base)
-    assert records.num_rows == 15 + 20 + 10
+    assert records.num_rows == 15 + 20 + 10 + 10
     for row in records.to_pylist()[::6]:
         head = tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
         tail = [*tokenizer(f" {row['answer']}").input_ids, tokenizer.eos_token_id]
         with torch.no_grad():
             logp = torch.log_softmax(model(torch.tensor([head + tail])).logits[0], -1)
-        expected = [logp[len(head) - 1 + i, token].item() for i, token in enumerate(tail)]
+        said = logp[len(head) - 1 : len(head) - 1 + len(tail)]
+        expected = [said[i, token].item() for i, token in enumerate(tail)]
         assert row["logp"][0] == pytest.approx(expected, abs=1e-4)
+        assert row["hit"] == [said[i].argmax().item() == token for i, token in enumerate(tail)]
+        mean = (said.exp() * said).sum(-1)
+        assert row["mean"] == pytest.approx(mean.tolist(), abs=1e-4)
+        assert row["variance"] == pytest.approx(((said.exp() * said**2).sum(-1) - mean**2).tolist(), abs=1e-3)
         greedy = model.generate(torch.tensor([head]), max_new_tokens=12, do_sample=False)[0, len(head) :]
         assert row["generated"] == tokenizer.decode(greedy, skip_special_tokens=True).strip()
 
@@ -107,26 +175,86 @@ def test_records_are_found_again(records, base: Path, questions, evaluation: Eva
 
 
 def test_metrics_of_a_model_against_itself(records: pa.Table, evaluation: Evaluation) -> None:
-    metrics = evaluate_records(records, records, evaluation)
+    found = evaluate_records(records, reference_of(records), evaluation)
+    metrics = found.values
     assert metrics["forget_quality"] == 1
     nine = [metrics[f"{s}_{m}"] for s in ("retain", "general") for m in ("probability", "rouge", "truth_ratio")]
     assert metrics["model_utility"] == (pytest.approx(hmean(nine)) if min(nine) > 0 else 0)
-    assert "forget_quality" not in evaluate_records(records, None, evaluation)
+    assert metrics["privleak"] == pytest.approx(0, abs=1e-9)
+    assert found.missing == {}
+    for name, (low, high) in found.intervals.items():
+        assert low <= metrics[name] <= high, name
+    alone = evaluate_records(records, None, evaluation)
+    assert "forget_quality" not in alone.values
+    assert alone.missing["forget_quality"].startswith("needs a retain-only model")
+    assert set(alone.missing) == {"forget_quality", "forget_quality_log10", "privleak"}
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    """Means of 60 numbers drawn from a known distribution: 95 % of the intervals hold its mean, give or take."""
+    rng = np.random.default_rng(0)
+    draws = evaluate._resamples(60, "any")
+    held = 0
+    for _ in range(200):
+        numbers = rng.exponential(size=60)
+        low, high = evaluate._interval(numbers[draws].mean(axis=1))
+        held += low <= 1 <= high
+    assert 178 <= held <= 198
+
+
+def test_records_of_other_questions_are_refused(records: pa.Table, evaluation: Evaluation) -> None:
+    other = records.filter(pa.compute.not_equal(records["row_id"], records["row_id"][0]))
+    with pytest.raises(DataError, match="other forget questions"):
+        evaluate_records(records, reference_of(other), evaluation)
+
+
+def test_published_logs_are_read_and_ours_is_one(records: pa.Table, evaluation: Evaluation, tmp_path: Path) -> None:
+    """Our own open-unlearning log read back gives the numbers of the records; TOFU's losses give the same ratios."""
+    rows = [row for row in records.to_pylist() if row["set"] == "forget"]
+    found = evaluate_records(records, reference_of(records), evaluation)
+    log, summary = open_unlearning_log(found, records.to_pylist())
+    assert summary["forget_Q_A_Prob"] == found.values["forget_probability"]
+    (tmp_path / "TOFU_EVAL.json").write_text(json.dumps(log))
+    theirs = read_reference(tmp_path / "TOFU_EVAL.json")
+    assert theirs.log_truth_ratios == pytest.approx([log_truth_ratio(row) for row in rows])
+    assert evaluate_records(records, theirs, evaluation).values["forget_quality"] == pytest.approx(1)
+    assert evaluate_records(records, theirs, evaluation).values["privleak"] == pytest.approx(0, abs=1e-9)
+    losses = {
+        "avg_paraphrased_loss": {str(i): -float(np.mean(row["logp"][1])) for i, row in enumerate(rows)},
+        "average_perturb_loss": {
+            str(i): [-float(np.mean(logp)) for logp in rows_.wrong_logp(row)] for i, row in enumerate(rows)
+        },
+    }
+    (tmp_path / "tofu.json").write_text(json.dumps({"eval_log_forget.json": losses}))
+    assert read_reference(tmp_path / "tofu.json").log_truth_ratios == pytest.approx(theirs.log_truth_ratios)
+    losses["average_perturb_loss"].pop("14")
+    losses["avg_paraphrased_loss"].pop("14")
+    (tmp_path / "tofu.json").write_text(json.dumps({"eval_log_forget.json": losses}))
+    with pytest.raises(DataError, match=r"here=15 rows, there=14"):
+        evaluate_records(records, read_reference(tmp_path / "tofu.json"), evaluation)
+    for content in ("{}", "no json", '{"forget_truth_ratio": 3}'):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(DataError, match="Log of the retain-only model"):
+            read_reference(tmp_path / "bad.json")
 
 
 def test_report_and_card_are_whole(records: pa.Table, evaluation: Evaluation, tmp_path: Path) -> None:
-    metrics = evaluate_records(records, records, evaluation)
-    models = {"original": metrics, "unlearned": metrics}
+    found = evaluate_records(records, reference_of(records), evaluation)
+    models = {"original": found, "unlearned": found, "retain-only": found._replace(missing={"x": "needs <y>"})}
+    tables = dict.fromkeys(models, records)
     lines = [{"step": i, "train/forget_loss": -i, "train/grad_norm": 1.0, "train/clip_fraction": 0.5} for i in range(3)]
+    lines.append({"step": 3, "train/bad_steps": 1.0})  # a step that was left out
     shown = {"forget": first_samples(records, records, "forget")}
-    write_report(
-        tmp_path / "r.html", "a <run>", {"command": "x"}, models, lines, shown, [["m", "1", ">=", "0", "pass"]]
-    )
+    gates = [["m", "1", ">=", "0", "pass"]]
+    write_report(tmp_path / "r.html", "a <run>", {"command": "x"}, models, tables, lines, shown, gates)
     page = (tmp_path / "r.html").read_text()
     assert "a &lt;run&gt;" in page
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 3
     assert "http" not in page.replace('http-equiv="', "")  # nothing is fetched from outside
     assert shown["forget"][0].question in page
-    write_model_card(tmp_path / "README.md", "run", {"command": "x"}, models)
+    assert "needs &lt;y&gt;" in page
+    values = {name: evaluated.values for name, evaluated in models.items()}
+    write_model_card(tmp_path / "README.md", "run", {"command": "x"}, values)
     assert "| model_utility |" in (tmp_path / "README.md").read_text()
-    assert all(len(line) <= 100 for line in metrics_table(models).splitlines())
+    assert all(len(line) <= 100 for line in metrics_table(values).splitlines())
+    assert "forget_probability ↓" in metrics_table(values)

@@ -91,7 +91,8 @@ def test_the_main_job_prints_what_matters_and_nothing_else(done, run_folder: Pat
 
 def test_the_run_folder_is_whole(run_folder: Path) -> None:
     names = {file.name for file in run_folder.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "eval", "model", "report.html", "summary.json", "mlflow"}
+    files = {"config.json", "metrics.jsonl", "metrics.json", "report.html", "summary.json"}
+    assert names == files | {"eval", "model", "mlflow"}
     assert {f.stem for f in (run_folder / "eval").iterdir()} == {"original", "unlearned", "retain-only"}
     assert json.loads((run_folder / "config.json").read_text())["train"]["zero_stage"] == 3
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {

@@ -31,6 +31,9 @@ class Evaluation(Section):
     sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], EvaluationSet] = {}
     """Named question sets; `forget` gives forget_quality, those in `utility` give model_utility."""
     utility: list[str] = []
+    retain_log: str | None = None
+    """Evaluation of a retain-only model as others publish it (open-unlearning's TOFU_EVAL.json, TOFU's
+    eval_log_aggregated.json), for where there is no such model: forget_quality and privleak compare with it."""
     max_new_tokens: int = Field(48, ge=1)
     batch_size: int = Field(32, ge=1)
     """Questions per forward pass."""

@@ -1,111 +1,139 @@
-"""What the records say of a model: TOFU's metrics (arXiv 2401.06121) as plain functions.
+"""What a record says of a model, row by row: plain functions, each with its formula and source.
 
-A probability is that of a whole answer per token: exp(mean log p), EOS included.
+A probability is that of a whole answer per token: exp(mean log p), EOS included. What counts single tokens leaves the
+EOS out, which is the last of every answer. A metric of one's own is one function and one line in `ROW_METRICS`.
 """
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
-from components.config import Evaluation
-from components.errors import DataError
-
-
-def evaluate_records(records: pa.Table, retain_only: pa.Table | None, evaluation: Evaluation) -> dict[str, float]:
-    """All metrics of one model. Those that need retain-only records or a forget set are left out without them.
-
-    Names: `<set>_probability`, `<set>_rouge`, `<set>_exact_match`, `<set>_truth_ratio`, `forget_quality`,
-    `model_utility`.
-    """
-    metrics: dict[str, float] = {}
-    by_set = _by_set(records)
-    for name, rows in by_set.items():
-        wrong = any(wrong_logp(row) for row in rows)
-        normalised = evaluation.sets[name].normalised
-        metrics[f"{name}_probability"] = _mean(
-            [normalised_probability(r) if normalised else probability(r) for r in rows]
-        )
-        metrics[f"{name}_rouge"] = _mean([rouge_recall(row["answer"], row["generated"]) for row in rows])
-        metrics[f"{name}_exact_match"] = _mean([row["generated"].strip() == row["answer"].strip() for row in rows])
-        if wrong:
-            logs = [log_truth_ratio(row) for row in rows]
-            # On what must be forgotten a ratio of 1 tells nothing; elsewhere the smaller the better.
-            scores = [math.exp(-abs(x)) if name == "forget" else max(0.0, -math.expm1(x)) for x in logs]
-            metrics[f"{name}_truth_ratio"] = _mean(scores)
-    if evaluation.utility:
-        metrics["model_utility"] = model_utility(metrics, evaluation.utility)
-    if retain_only is not None and "forget" in by_set and any(wrong_logp(row) for row in by_set["forget"]):
-        metrics["forget_quality"] = forget_quality(
-            [log_truth_ratio(row) for row in by_set["forget"]],
-            [log_truth_ratio(row) for row in _by_set(retain_only)["forget"]],
-        )
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if bad:
-        raise DataError(f"Metrics are not finite ({', '.join(bad)}). Expected finite log-probabilities in the records.")
-    return metrics
+Row = dict[str, Any]
+"""A record as `scoring.score` gives it."""
 
 
-def probability(row: dict[str, Any]) -> float:
-    """Of the right answer."""
+class RowMetric(NamedTuple):
+    """A number for each row, whose mean over a set is the metric `<set>_<name>`."""
+
+    of: Callable[[Row], float]
+    better: str
+    """`higher` or `lower`, for a set that is to be kept; turned round for the set `forget`, unless `always`."""
+    meaning: str
+    needs_wrong: bool = False
+    """Needs wrong answers in the rows (`perturbed_answer`)."""
+    always: bool = False
+
+
+def probability(row: Row) -> float:
+    """Of the right answer (TOFU, arXiv 2401.06121)."""
     return math.exp(float(np.mean(row["logp"][0])))
 
 
-def wrong_logp(row: dict[str, Any]) -> list[list[float]]:
+def wrong_logp(row: Row) -> list[list[float]]:
     """Log-probabilities of the wrong answers' tokens."""
     return row["logp"][2 if row["paraphrased"] else 1 :]
 
 
-def normalised_probability(row: dict[str, Any]) -> float:
-    """p / (p + Σ p_wrong): 1 when the right answer outweighs all wrong ones."""
+def normalised_probability(row: Row) -> float:
+    """p / (p + Σ p_wrong): 1 when the right answer outweighs all wrong ones (TOFU)."""
     right = probability(row)
     return right / (right + sum(math.exp(float(np.mean(logp))) for logp in wrong_logp(row)))
 
 
-def log_truth_ratio(row: dict[str, Any]) -> float:
-    """Log of the wrong answers' geometric mean probability over the paraphrased (else the right) answer's.
+def log_truth_ratio(row: Row) -> float:
+    """Log of the wrong answers' geometric mean probability over the paraphrased (else the right) answer's (TOFU).
 
     At most 700 in size, so that its exponential stays finite for a model that has collapsed.
     """
+    return _log_ratio(row, [np.mean(logp) for logp in wrong_logp(row)])
+
+
+def log_truth_ratio_arithmetic(row: Row) -> float:
+    """The same with the wrong answers' arithmetic mean, as some published code has it."""
+    means = np.array([np.mean(logp) for logp in wrong_logp(row)])
+    return _log_ratio(row, [means.max() + np.log(np.mean(np.exp(means - means.max())))])
+
+
+def _log_ratio(row: Row, wrong: Sequence[Any]) -> float:
     right = float(np.mean(row["logp"][1 if row["paraphrased"] else 0]))
-    return float(np.clip(np.mean([np.mean(logp) for logp in wrong_logp(row)]) - right, -700, 700))
+    return float(np.clip(np.mean(wrong) - right, -700, 700))
 
 
-def rouge_recall(answer: str, generated: str) -> float:
-    """ROUGE-L recall with stemming."""
-    return _rouge().score(answer, generated)["rougeL"].recall
+def truth_ratio_score(row: Row) -> float:
+    """min(R, 1/R) on what must be forgotten, where R = 1 tells nothing; elsewhere max(0, 1 − R) (TOFU)."""
+    log_ratio = log_truth_ratio(row)
+    return math.exp(-abs(log_ratio)) if row["set"] == "forget" else max(0.0, -math.expm1(log_ratio))
 
 
-def forget_quality(unlearned: Sequence[float], retain_only: Sequence[float]) -> float:
-    """p of the two-sample Kolmogorov-Smirnov test on truth ratios: high when nothing tells the models apart.
+def rouge_recall(row: Row) -> float:
+    """ROUGE-L recall of the greedy answer, with stemming (TOFU)."""
+    return _rouge().score(row["answer"], row["generated"])["rougeL"].recall
 
-    The test looks at order only, so that logs of the ratios serve as well.
+
+def exact_match(row: Row) -> float:
+    """Whether the greedy answer is the right one, letter by letter."""
+    return float(row["generated"].strip() == row["answer"].strip())
+
+
+def exact_memorization(row: Row) -> float:
+    """Share of the answer's tokens that are the likeliest after what stands before them (arXiv 2305.12828)."""
+    hits = without_eos(row["hit"])
+    return float(np.mean(hits)) if hits else 0.0
+
+
+def extraction_strength(row: Row) -> float:
+    """1 − k/n, k the shortest beginning of the answer after which all the rest is likeliest (arXiv 2012.07805).
+
+    0 when not even the last token is.
     """
-    from scipy.stats import ks_2samp
-
-    return float(ks_2samp(unlearned, retain_only).pvalue)
-
-
-def model_utility(metrics: dict[str, float], sets: Sequence[str]) -> float:
-    """Harmonic mean of probability, ROUGE-L and truth ratio over `sets`; TOFU takes three sets, hence nine numbers."""
-    values = [
-        metrics[f"{s}_{m}"] for s in sets for m in ("probability", "rouge", "truth_ratio") if f"{s}_{m}" in metrics
-    ]
-    return len(values) / sum(1 / value for value in values) if all(value > 0 for value in values) else 0.0
+    hits = without_eos(row["hit"])
+    rest = next((i for i, hit in enumerate(reversed(hits)) if not hit), len(hits))
+    return rest / len(hits) if hits else 0.0
 
 
-def _by_set(records: pa.Table) -> dict[str, list[dict[str, Any]]]:
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for row in records.to_pylist():
-        rows.setdefault(row["set"], []).append(row)
-    return rows
+def longest_run(row: Row) -> float:
+    """Longest run of the right answer's words that stands in the greedy one, as a share of all of them."""
+    right, said = row["answer"].split(), row["generated"].split()
+    best, ends = 0, [0] * (len(said) + 1)
+    for word in right:
+        ends = [0, *(ends[j] + 1 if word == other else 0 for j, other in enumerate(said))]
+        best = max(best, *ends)
+    return best / len(right) if right else 0.0
 
 
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
+def bleu(row: Row) -> float:
+    """BLEU-4 of the greedy answer against the right one, smoothed (leaks in arXiv 2310.10683 are those above 0.1)."""
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    right, said = row["answer"].split(), row["generated"].split()
+    return float(sentence_bleu([right], said, smoothing_function=SmoothingFunction().method1)) if said else 0.0
+
+
+def unique_words(row: Row) -> float:
+    """Different words over words of the greedy answer: near 0 for one that goes in circles; 0 for an empty one."""
+    words = row["generated"].split()
+    return len(set(words)) / len(words) if words else 0.0
+
+
+def without_eos(values: Sequence[Any]) -> list[Any]:
+    """Of the right answer's tokens, all but the EOS; of an answer of one token, that one."""
+    return list(values[:-1] if len(values) > 1 else values)
+
+
+ROW_METRICS: dict[str, RowMetric] = {
+    "probability": RowMetric(probability, "higher", "probability of the right answer per token"),
+    "rouge": RowMetric(rouge_recall, "higher", "ROUGE-L recall of the greedy answer"),
+    "truth_ratio": RowMetric(truth_ratio_score, "higher", "from wrong over right answers' probability", True, True),
+    "exact_match": RowMetric(exact_match, "higher", "greedy answer is the right one"),
+    "exact_memorization": RowMetric(exact_memorization, "higher", "share of tokens that are the likeliest"),
+    "extraction_strength": RowMetric(extraction_strength, "higher", "share of the answer told from its beginning"),
+    "longest_run": RowMetric(longest_run, "higher", "longest run of right words in the greedy answer"),
+    "bleu": RowMetric(bleu, "higher", "BLEU-4 of the greedy answer"),
+    "unique_words": RowMetric(unique_words, "higher", "different words in the greedy answer", always=True),
+}
 
 
 @functools.cache

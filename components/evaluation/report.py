@@ -7,13 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from components.console import number, table
+from components.evaluation.evaluate import Evaluated, better
+from components.evaluation.membership import ATTACKS, auc
+from components.evaluation.metrics import log_truth_ratio, wrong_logp
 
 Metrics = Mapping[str, float]
 
 HEADLINE = ("forget_quality", "model_utility")
+SHOWN = ("_probability", "_rouge", "_exact_match", "_truth_ratio", "mia_min_k", "privleak")  # in a terminal
 NOTE = (
     "Unlearning lowers the measured probability of the forget answers. It does not prove that every trace is gone: "
     "other phrasings, further training or access to the weights may bring parts of them back."
@@ -30,8 +35,9 @@ class Sample(NamedTuple):
 
 
 def metrics_table(models: Mapping[str, Metrics]) -> str:
-    """Metrics as rows, models as columns; headline metrics first."""
-    rows = [[name, *(number(metrics.get(name)) for metrics in models.values())] for name in metric_names(models)]
+    """The main metrics as rows with the way that is good, models as columns; headline metrics first."""
+    names = [name for name in metric_names(models) if name in HEADLINE or name.endswith(SHOWN)]
+    rows = [[f"{name} {arrow(name)}", *(number(metrics.get(name)) for metrics in models.values())] for name in names]
     return table(["metric", *models], rows)
 
 
@@ -39,6 +45,11 @@ def metric_names(models: Mapping[str, Metrics]) -> list[str]:
     """Every metric that some model has, the headline ones first."""
     names = dict.fromkeys(name for metrics in models.values() for name in metrics)
     return [name for name in HEADLINE if name in names] + [name for name in names if name not in HEADLINE]
+
+
+def arrow(name: str) -> str:
+    """Which way a metric is good: ↑, ↓, or → the best value."""
+    return {"higher": "↑", "lower": "↓"}.get(better(name), f"→{better(name)}")
 
 
 def first_samples(before: pa.Table, after: pa.Table, set_name: str, count: int = 3) -> list[Sample]:
@@ -49,21 +60,28 @@ def first_samples(before: pa.Table, after: pa.Table, set_name: str, count: int =
 
 
 def write_report(
-    file: Path, title: str, facts: Mapping[str, str], models: Mapping[str, Metrics], lines: Sequence[Mapping[str, Any]],
-    shown: Mapping[str, Sequence[Sample]], gates: Sequence[Sequence[str]],
+    file: Path, title: str, facts: Mapping[str, str], models: Mapping[str, Evaluated],
+    records: Mapping[str, pa.Table], lines: Sequence[Mapping[str, Any]], shown: Mapping[str, Sequence[Sample]],
+    gates: Sequence[Sequence[str]],
 ) -> None:  # fmt: skip
     """One HTML file without outside references."""
+    values = {name: evaluated.values for name, evaluated in models.items()}
+    missing = {metric: why for evaluated in models.values() for metric, why in evaluated.missing.items()}
     sections = [
         f"<h1>{html.escape(title)}</h1>",
-        _table([("", *models)], [[n, *(number(m.get(n)) for m in models.values())] for n in metric_names(models)]),
+        _table([("", *models)], [[n, *(number(m.get(n)) for m in values.values())] for n in _present(values)]),
         "<h2>Gates</h2>" + _table([("metric", "value", "condition", "bound", "outcome")], gates) if gates else "",
-        f"<h2>Forgetting against utility</h2>{_figure(_plane(models))}",
+        f"<h2>Forgetting against utility</h2>{_figure(_plane(values))}",
+        f"<h2>Can it be told that something was forgotten?</h2>{_figure(_told_apart(records))}" if records else "",
         f"<h2>Course of training</h2>{_figure(_curves(lines))}" if lines else "",
         "<h2>Answers before and after</h2>",
         *(
             f"<h3>{html.escape(name)}</h3>" + _table([("question", "right answer", "before", "after")], rows)
             for name, rows in shown.items()
         ),
+        "<h2>All metrics</h2><p>95 % bootstrap intervals over the rows. ↑: higher is better, ↓: lower, →: this.</p>",
+        _table([("", "", *models)], [_metric_row(name, models) for name in metric_names(values)]),
+        "<p>Not computed:</p>" + _table([], list(missing.items())) if missing else "",
         "<h2>How this was made</h2>" + _table([], list(facts.items())),
         f"<p>{NOTE}</p>",
     ]
@@ -88,6 +106,66 @@ def _table(head: Sequence[Sequence[str]], rows: Sequence[Sequence[str]]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>"
 
     return "<table>" + "".join(cells(r, "th") for r in head) + "".join(cells(r, "td") for r in rows) + "</table>"
+
+
+def _present(models: Mapping[str, Metrics]) -> list[str]:
+    return [name for name in HEADLINE if any(name in metrics for metrics in models.values())]
+
+
+def _metric_row(name: str, models: Mapping[str, Evaluated]) -> list[str]:
+    cells = []
+    for evaluated in models.values():
+        low_high = evaluated.intervals.get(name)
+        shown = f" [{number(low_high[0])}, {number(low_high[1])}]" if low_high else ""
+        cells.append(number(evaluated.values.get(name)) + shown)
+    return [name, arrow(name), *cells]
+
+
+def _told_apart(records: Mapping[str, pa.Table]) -> Any:
+    """Truth ratios of the forget rows with the largest distance to retain-only's, and the ROC of min-k."""
+    from matplotlib.figure import Figure
+
+    of = {name: table.to_pylist() for name, table in records.items()}
+    figure = Figure(figsize=(9.2, 3.8))
+    left, right = figure.subplots(1, 2)
+    for name, rows in of.items():
+        forget = [row for row in rows if row["set"] == "forget"]
+        if forget and all(wrong_logp(row) for row in forget):
+            ratios = np.sort([log_truth_ratio(row) for row in forget])
+            left.step(ratios, np.arange(1, len(ratios) + 1) / len(ratios), where="post", label=name)
+        holdout = [ATTACKS["min_k"](row) for row in rows if row["set"] == "holdout"]
+        if forget and holdout:
+            members = np.array([ATTACKS["min_k"](row) for row in forget])
+            limits = np.sort(np.concatenate([members, holdout, [-np.inf]]))[::-1]
+            rates = [(np.mean(members > limit), np.mean(np.array(holdout) > limit)) for limit in limits]
+            right.plot(*zip(*rates, strict=True), label=f"{name}, AUC {auc(list(members), holdout):.2f}")
+    _mark_distance(left, of)
+    left.set_xlabel("log truth ratio of forget rows")
+    left.set_ylabel("share of rows below")
+    right.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+    right.set_xlabel("forget rows taken for unseen")
+    right.set_ylabel("unseen rows taken for unseen (min-k)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def _mark_distance(axes: Any, of: Mapping[str, list[dict[str, Any]]]) -> None:
+    """The Kolmogorov-Smirnov distance between unlearned and retain-only, where it is largest."""
+    from scipy.stats import ks_2samp
+
+    both = [[row for row in of.get(name, []) if row["set"] == "forget"] for name in ("unlearned", "retain-only")]
+    if not all(both) or not all(wrong_logp(row) for rows in both for row in rows):
+        return
+    ours, theirs = (np.sort([log_truth_ratio(row) for row in rows]) for rows in both)
+    found = ks_2samp(ours, theirs)
+    at = found.statistic_location
+    heights = [np.searchsorted(values, at, side="right") / len(values) for values in (ours, theirs)]
+    axes.plot([at, at], heights, color="black", linewidth=1.5)
+    axes.annotate(f" D = {found.statistic:.2f}", (at, np.mean(heights)), fontsize=8)
 
 
 def _plane(models: Mapping[str, Metrics]) -> Any:

@@ -1,6 +1,7 @@
 """One pass of a model over all questions: log-probabilities of every answer and one greedy answer of its own."""
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,11 +20,12 @@ def score(
     """Records of one model, made once and found again by (model, rows, settings).
 
     Columns: `set`, `row_id`, `question`, `answer`, `generated`, `paraphrased`, and `logp`: for each answer (the right
-    one, its paraphrase if there is one, the wrong ones) the list of its tokens' log-probabilities, EOS included.
+    one, its paraphrase if there is one, the wrong ones) the list of its tokens' log-probabilities, EOS included. Of the
+    right answer's tokens also `mean` and `variance` of log p over the vocabulary, by the model's own p, and `hit`:
+    whether the token is the likeliest.
     """
-    key = digest(
-        [model_hash, {name: prepared.digest for name, prepared in sets.items()}, evaluation.max_new_tokens, train.dtype]
-    )
+    rows_of = {name: prepared.digest for name, prepared in sets.items()}
+    key = digest([_FORMAT, model_hash, rows_of, evaluation.max_new_tokens, train.dtype])
     file = storage / "evaluations" / key / "records.parquet"
     if not file.exists():
         tables = []
@@ -43,6 +45,21 @@ def score(
     return pq.read_table(file)
 
 
+_FORMAT = 2
+_POSITIONS = 256  # whose logits are in memory at a time
+
+
+class Scored(NamedTuple):
+    """What a model says of one answer, token by token."""
+
+    logp: list[float]
+    mean: list[float]
+    """Σ p log p over the vocabulary: minus the entropy."""
+    variance: list[float]
+    """Σ p (log p)² − mean²."""
+    hit: list[bool]
+
+
 class Scorer:
     """Batch inference on prompts with their candidate answers."""
 
@@ -58,15 +75,22 @@ class Scorer:
 
         prompts, answers = rows["input_ids"].to_pylist(), rows["answers"].to_pylist()
         with torch.no_grad():
-            logp = iter(self._logp(prompts, answers))
-            per_row = [[next(logp) for _ in candidates] for candidates in answers]
+            scored = iter(self._score(prompts, answers))
+            per_row = [[next(scored) for _ in candidates] for candidates in answers]
             generated = self._generate(prompts)
+        numbers = pa.list_(pa.float32())
         return pa.table(
-            {"logp": pa.array(per_row, pa.list_(pa.list_(pa.float32()))), "generated": pa.array(generated, pa.string())}
+            {
+                "logp": pa.array([[one.logp for one in row] for row in per_row], pa.list_(numbers)),
+                "mean": pa.array([row[0].mean for row in per_row], numbers),
+                "variance": pa.array([row[0].variance for row in per_row], numbers),
+                "hit": pa.array([row[0].hit for row in per_row], pa.list_(pa.bool_())),
+                "generated": pa.array(generated, pa.string()),
+            }
         )
 
-    def _logp(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> list[list[float]]:
-        """Log-probabilities of each (prompt, answer) pair's answer tokens."""
+    def _score(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> list[Scored]:
+        """Each (prompt, answer) pair, forwarded once."""
         import torch
 
         pairs = [(p, a) for p, candidates in zip(prompts, answers, strict=True) for a in candidates]
@@ -77,9 +101,19 @@ class Scorer:
         out = []
         for row, (prompt, answer) in enumerate(pairs):
             states = hidden[row, len(prompt) - 1 : len(prompt) + len(answer) - 1]
-            logits = self.model.get_output_embeddings()(states).float()
-            out.append(torch.log_softmax(logits, -1)[torch.arange(len(answer)), answer].tolist())
+            tokens = torch.tensor(answer, device=self.device)
+            split = zip(states.split(_POSITIONS), tokens.split(_POSITIONS), strict=True)
+            parts = [self._of_tokens(*part) for part in split]
+            out.append(Scored(*(torch.cat(values).tolist() for values in zip(*parts, strict=True))))
         return out
+
+    def _of_tokens(self, states: Any, tokens: Any) -> tuple[Any, Any, Any, Any]:
+        """[n, hidden] states and the [n] tokens that follow → logp, mean, variance and hit, in fp32 or better."""
+        logp = self.model.get_output_embeddings()(states).float().log_softmax(-1)
+        p = logp.exp()
+        mean = (p * logp).sum(-1)
+        variance = (p * (logp - mean.unsqueeze(-1)) ** 2).sum(-1)
+        return logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), mean, variance, logp.argmax(-1) == tokens
 
     def _generate(self, prompts: list[list[int]]) -> list[str]:
         """Greedy answers, up to EOS."""

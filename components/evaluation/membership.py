@@ -1,0 +1,62 @@
+"""Can the forget rows be told from rows that the model never saw? Attacks as functions of a record, and their AUC.
+
+Every score is higher for what looks unseen, so that an AUC of 1 says that the forget rows are remembered, 0.5 that
+nothing tells them apart, and 0 that they stand out by being too unlikely: all but 0.5 gives them away.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from components.evaluation.metrics import Row, without_eos
+
+_SHARE = 0.4  # of the tokens, the least likely, that min-k looks at
+
+
+def loss(row: Row) -> float:
+    """Mean −log p (arXiv 1709.01604)."""
+    return -float(np.mean(row["logp"][0]))
+
+
+def loss_over_zlib(row: Row) -> float:
+    """Mean −log p over the compressed length of the answer in bytes (arXiv 2012.07805)."""
+    return loss(row) / len(zlib.compress(row["answer"].encode()))
+
+
+def min_k(row: Row) -> float:
+    """Minus the mean of the 40 % lowest log p (arXiv 2310.16789)."""
+    return -_lowest(without_eos(row["logp"][0]))
+
+
+def min_k_plus_plus(row: Row) -> float:
+    """The same of (log p − μ)/σ, with mean and deviation of log p over the vocabulary (arXiv 2404.02936)."""
+    logp, mean, variance = (np.array(without_eos(values)) for values in (row["logp"][0], row["mean"], row["variance"]))
+    return -_lowest((logp - mean) / np.sqrt(np.maximum(variance, 1e-6)))
+
+
+ATTACKS: dict[str, Callable[[Row], float]] = {
+    "loss": loss, "zlib": loss_over_zlib, "min_k": min_k, "min_k_plus_plus": min_k_plus_plus,
+}  # fmt: skip
+
+
+def auc(members: Sequence[float] | np.ndarray, others: Sequence[float] | np.ndarray) -> float:
+    """Probability that one of `others` scores higher than one of `members`, ties counting half."""
+    from scipy.stats import rankdata
+
+    ranks = rankdata([*members, *others])
+    m, n = len(members), len(others)
+    return float((ranks[m:].sum() - n * (n + 1) / 2) / (m * n))
+
+
+def privleak(unlearned: float, retain_only: float) -> float:
+    """100·(s − r)/r with s, r = 1 − AUC of min-k for the unlearned and the retain-only model (MUSE, arXiv 2407.06460).
+
+    0 is best; below it too little is forgotten, above it so much that it shows.
+    """
+    return 100 * (retain_only - unlearned) / (1 - retain_only) if retain_only < 1 else math.inf
+
+
+def _lowest(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.sort(np.asarray(values))[: max(1, int(_SHARE * len(values)))].mean())
