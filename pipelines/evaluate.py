@@ -30,19 +30,10 @@ def run(command: Command) -> None:
     if not recipe.evaluation.sets:
         raise ConfigError("Nothing to evaluate: evaluation.sets is empty. Give at least one question set.")
     check_inputs(recipe)
-    storage = storage_folder(recipe)
-    paths = command.models or _own_result(recipe)
-    given = [local_folder(Pretrained(type="pretrained", path=path), storage) for path in paths]
+    given = given_models(command)
     with ray_session():
-        original, retain_only = make_models(recipe)
-        models = {"original": original}
-        if retain_only:
-            models["retain-only"] = retain_only
-        for folder in given:
-            name = _short_name(folder)
-            models[name if name not in models else str(folder)] = Model(folder, fingerprint(folder))
-        check_same_tokens(list(models.values()))
-        sets = prepare_questions(recipe, original)
+        models = compared_models(recipe, given)
+        sets = prepare_questions(recipe, models["original"])
         records = {name: score_model(recipe, model, sets) for name, model in models.items()}
     reference = retain_reference(recipe, records.get("retain-only"))
     evaluated = {name: evaluate_records(r, reference, recipe.evaluation) for name, r in records.items()}
@@ -55,6 +46,29 @@ def plan(command: Command) -> str:
     """What would be scored, for --dry-run."""
     models = ["original", "retain-only", *(command.models or _own_result(command.recipe))]
     return f"\nPlan: models {', '.join(models)}; sets {', '.join(command.recipe.evaluation.sets)}"
+
+
+def given_models(command: Command) -> list[Path]:
+    """Folders of the models on the command line, else of the recipe's own run."""
+    paths = command.models or _own_result(command.recipe)
+    return [local_folder(Pretrained(type="pretrained", path=path), storage_folder(command.recipe)) for path in paths]
+
+
+def compared_models(recipe: Recipe, given: list[Path]) -> dict[str, Model]:
+    """By name: the recipe's original and retain-only models, made where they are not there, and those given.
+
+    Raises:
+        ModelError: when their tokenizers differ.
+    """
+    original, retain_only = make_models(recipe)
+    models = {"original": original}
+    if retain_only:
+        models["retain-only"] = retain_only
+    for folder in given:
+        name = _short_name(folder)
+        models[name if name not in models else str(folder)] = Model(folder, fingerprint(folder))
+    check_same_tokens(list(models.values()))
+    return models
 
 
 def prepare_questions(recipe: Recipe, model: Model) -> dict[str, Prepared]:

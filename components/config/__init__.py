@@ -3,6 +3,7 @@
 One schema serves all pipelines, so that one file describes a whole job. A string under a field documents it.
 """
 
+from components.config.attacks import Attacks, Relearn
 from components.config.data import Data, Files, FixedAnswers, HuggingFace, People, PoolSource, Rows, Source, Text
 from components.config.evaluation import Evaluation, EvaluationSet, Gate, Tracking
 from components.config.faults import Best, Guard, Probe
@@ -61,6 +62,7 @@ __all__ = [
     "Adafactor",
     "AdamW",
     "AdaptiveInterval",
+    "Attacks",
     "Balanced",
     "Base",
     "Best",
@@ -102,6 +104,7 @@ __all__ = [
     "Ramp",
     "RandomResponse",
     "Recipe",
+    "Relearn",
     "ReverseKl",
     "Rmu",
     "Rows",

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from components.config.attacks import Attacks
 from components.config.data import Data
 from components.config.evaluation import Evaluation, Gate, Tracking
 from components.config.faults import Guard
@@ -46,6 +47,7 @@ class Recipe(Section):
     """Which weights may move; left out, all."""
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
+    attacks: Attacks = Attacks()
     guards: list[Guard] = []
     gates: list[Gate] = []
 
@@ -165,7 +167,7 @@ NOT_PART_OF_TRAINING = {
     "timeout", "workers", "cpus_per_worker", "gpus_per_worker", "zero_stage", "offload", "micro_batch_size", "packing",
 }  # fmt: skip
 _NOT_PART_OF_THE_RESULT: Any = {
-    "storage": True, "if_exists": True, "tracking": True, "train": NOT_PART_OF_TRAINING,
+    "storage": True, "if_exists": True, "tracking": True, "attacks": True, "train": NOT_PART_OF_TRAINING,
     "finetune": {"train": NOT_PART_OF_TRAINING},
 }  # fmt: skip
 

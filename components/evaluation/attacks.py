@@ -1,0 +1,58 @@
+"""Changes to a model or its prompts that may bring back what was forgotten."""
+
+import string
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from components.config import Source, Text
+from components.data.streams import draw
+from components.files import whole_folder
+from components.models import load_model, load_tokenizer, save_model
+
+GROUP = 64  # weights that share a scale at less than 8 bits
+
+
+def quantise(model: Path, bits: int, into: Path) -> None:
+    """Write the model with the weights of its linear layers rounded; embeddings and output layer stay.
+
+    To the nearest of 2^bits − 1 levels, symmetric around 0, with a scale for each row (8 bits and more) or for each
+    group of 64 weights in a row: as common quantised formats do, written back in the model's own type.
+    """
+    loaded = load_model(model)
+    kept = loaded.get_output_embeddings()
+    with torch.no_grad():
+        for module in loaded.modules():
+            if isinstance(module, nn.Linear) and module is not kept:
+                module.weight.copy_(rounded(module.weight, bits))
+    with whole_folder(into) as partial:
+        save_model(loaded, load_tokenizer(model), partial)
+
+
+def rounded(weights: Tensor, bits: int, group: int = GROUP) -> Tensor:
+    """[rows, columns] rounded to 2^bits − 1 levels."""
+    rows, columns = weights.shape
+    width = columns if bits >= 8 or columns % group else group
+    parts = weights.reshape(rows, columns // width, width)
+    levels = 2 ** (bits - 1) - 1
+    scale = parts.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny) / levels
+    return ((parts / scale).round().clamp(-levels, levels) * scale).reshape(rows, columns)
+
+
+def part_left_out(count: int, share: float, seed: int) -> np.ndarray:
+    """Sorted indices of the rows that relearning must not see, of `count`."""
+    kept = max(1, round(share * count))
+    return np.sort(draw(seed, "relearn", 0).permutation(count)[kept:])
+
+
+def prefixed(source: Source, prefix: str) -> Source:
+    """The same questions with a text in front of each prompt."""
+    if isinstance(source, Text):
+        return source
+    is_text = any(name is not None for _, name, *_ in string.Formatter().parse(source.prompt))
+    escaped = prefix.replace("{", "{{").replace("}", "}}")
+    changed: dict[str, Any] = {"prompt": escaped + (source.prompt if is_text else "{" + source.prompt + "}")}
+    return source.model_copy(update=changed)

@@ -1,0 +1,121 @@
+"""Try to get back what was forgotten: relearning, quantisation, prompts that push.
+
+    python pipelines/attack.py pipelines/recipes/demo.yaml [MODEL_FOLDER ...] [section.field=value ...] [--dry-run]
+
+Prints what each model says of the forget questions after each of the recipe's `attacks`: the recipe's original and
+retain-only models, and the folders given, else the recipe's own run. What is scored already is not scored again.
+"""
+
+import functools
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from components.config import Nll, Objective, Recipe, Relearn, digest
+from components.console import number, table
+from components.data.prepare import Prepared, prepare
+from components.data.rows import PreparedRows
+from components.errors import ConfigError
+from components.evaluation.attacks import part_left_out, prefixed, quantise
+from components.evaluation.evaluate import evaluate_records
+from components.models import context_length, fingerprint, load_tokenizer, tokenizer_facts
+from components.training.job import Job
+from components.training.launch import run_job
+from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
+from pipelines.evaluate import compared_models, given_models, prepare_questions, score_model
+from pipelines.finetune import Model, check_inputs
+from pipelines.training import say_stopped, telling
+
+_SHOWN = ("probability", "rouge")
+
+
+def run(command: Command) -> None:
+    """Print one table with a row for each attack and a column for each model."""
+    recipe = command.recipe
+    if "forget" not in recipe.evaluation.sets:
+        raise ConfigError("Nothing to attack: evaluation.sets has no set named forget. Give its questions.")
+    check_inputs(recipe)
+    given = given_models(command)
+    with ray_session():
+        models = compared_models(recipe, given)
+        questions = {"forget": prepare_questions(recipe, models["original"])["forget"]}
+        rows = {"none": [_score(recipe, model, questions) for model in models.values()]}
+        for name, prefix in recipe.attacks.prefixes.items():
+            pushed = {"forget": _prefixed_questions(recipe, models["original"], prefix)}
+            rows[f"prompt: {name}"] = [_score(recipe, model, pushed) for model in models.values()]
+        for bits in recipe.attacks.bits:
+            rows[f"{bits}-bit weights"] = [_changed(recipe, m, questions, _quantised(bits)) for m in models.values()]
+        relearn = recipe.attacks.relearn
+        for steps in relearn.steps if relearn else []:
+            assert relearn is not None
+            change = functools.partial(_relearn, recipe, relearn, steps)
+            name = f"relearn {relearn.share:.0%}, {steps} steps"
+            rows[name] = [_changed(recipe, model, questions, change) for model in models.values()]
+    for metric in _SHOWN:
+        say(f"\nforget {metric}, lower is better")
+        cells = [[name, *(number(found[f"forget_{metric}"]) for found in values)] for name, values in rows.items()]
+        say(table(["attack", *models], cells))
+
+
+def plan(command: Command) -> str:
+    """What would be tried, for --dry-run."""
+    attacks = command.recipe.attacks
+    relearned = f"relearning after {attacks.relearn.steps} steps" if attacks.relearn else "no relearning"
+    return f"\nPlan: prompts {', '.join(attacks.prefixes) or 'none'}; bits {attacks.bits}; {relearned}"
+
+
+def _score(recipe: Recipe, model: Model, questions: dict[str, Prepared]) -> dict[str, float]:
+    only_forget = recipe.evaluation.model_copy(update={"utility": []})
+    return evaluate_records(score_model(recipe, model, questions), None, only_forget).values
+
+
+def _prefixed_questions(recipe: Recipe, model: Model, prefix: str) -> Prepared:
+    sources = [prefixed(source, prefix) for source in recipe.evaluation.sets["forget"].rows]
+    facts = tokenizer_facts(load_tokenizer(model.folder))
+    longest = context_length(model.folder) or recipe.data.max_tokens + len(prefix)
+    data = recipe.data.model_copy(update={"max_tokens": longest})
+    return prepare(sources, "questions", data, facts, storage_folder(recipe), tell=telling("prompts"))
+
+
+def _changed(
+    recipe: Recipe, model: Model, questions: dict[str, Prepared], change: Callable[[Model, Path], None]
+) -> dict[str, float]:
+    """What `model` says after `change` has written a changed copy of it, which is not kept."""
+    folder = storage_folder(recipe) / "attacks" / digest([model.hash, recipe.name])
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        change(model, folder)
+        return _score(recipe, Model(folder, fingerprint(folder)), questions)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _quantised(bits: int) -> Callable[[Model, Path], None]:
+    return lambda model, folder: quantise(model.folder, bits, folder)
+
+
+def _relearn(recipe: Recipe, relearn: Relearn, steps: int, model: Model, folder: Path) -> None:
+    """Train the model on some of the forget rows."""
+    facts, storage = tokenizer_facts(load_tokenizer(model.folder)), storage_folder(recipe)
+    prepared = prepare(recipe.data.forget, "pairs", recipe.data, facts, storage, tell=telling("relearn"))
+    left_out = folder.with_name(f"{folder.name}.rows.npy")
+    left_out.parent.mkdir(parents=True, exist_ok=True)
+    np.save(left_out, part_left_out(len(PreparedRows(prepared.folder)), relearn.share, recipe.seed))
+    size = {"batch_size": relearn.batch_size, "steps": steps, "checkpoint_every": None, "probe": None}
+    plain = {"lora": None, "trainable": None, "checkpoint_best": None, "gradient_cosine_every": None}
+    metrics = folder.with_name(f"{folder.name}.jsonl")
+    job = Job(
+        model=str(model.folder), output=str(folder), metrics=str(metrics), normal=str(prepared.folder),
+        normal_without=str(left_out), objective=Objective(normal=Nll(type="nll")), optimizer=relearn.optimizer,
+        train=recipe.train.model_copy(update={**size, **plain}), seed=recipe.seed,
+    )  # fmt: skip
+    say_stopped(run_job(job, storage))
+    for file in (metrics, left_out):
+        file.unlink()
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(__doc__, run, plan, takes_models=True))
