@@ -288,6 +288,7 @@ def _train(
     say(f"unlearning   {parameter_count(original.folder):,} parameters, ZeRO-{recipe.train.zero_stage}, {where}")
     with follow(metrics, functools.partial(put_lines, spool), after=last_step(spool)), shown(job):
         outcome = run_job(job, folder)
+    outcome["seconds"] = sum(line["perf/step_seconds"] for line in read_lines(metrics))  # over all attempts
     failures = sum(event["event"] == "failure" for event in read_lines(events))
     spool.put("tags", tags={"worker_failures": str(failures)})
     with writing("Run", folder):

@@ -15,10 +15,11 @@ from components.models import load_model
 from components.training import checkpoint_files, loop
 from components.training import step as module
 from components.training.checkpoint_files import DAMAGED, MANIFEST, Place, manifest, steps_kept
-from components.training.guards import PROBE, probe_rows
+from components.training.guards import probe_rows
 from components.training.job import Job
 from components.training.launch import run_job
 from tests import custom_terms
+from tests.drive import on_two_ranks
 from tests.training import SOUL, TRAIN, answer_logits, distance, events, lines, run, saved, weights
 
 DUAL = {"type": "dual", "bound": 0.2, "rate": 3.0, "start": 1.0}
@@ -305,30 +306,51 @@ def test_a_guard_ends_training_and_keeps_the_last_state_within_it(make_job: Any,
         run_job(hopeless, tmp_path)
 
 
-def test_the_probe_measures_the_model_as_it_stands_and_chooses_the_best(make_job: Any, tmp_path: Path) -> None:
-    """Against plain forward passes of the model that is written; the best checkpoint becomes the model."""
-    job = job_of(
-        make_job, "probed", {"objective": {**GRAD_DIFF, "forget": {"type": "gradient_ascent", "weight": 3.0}}},
-        checkpoint_every=2, steps=8, probe=Probe(every=2, rows=5),
-    )  # fmt: skip
-    run(job, tmp_path)
-    found = {line["step"]: line[PROBE] for line in lines(job) if PROBE in line}
-    assert list(found) == [2, 4, 6, 8]
+KEPT, FORGOTTEN = "probe/normal_probability", "probe/forget_probability"
+
+
+def probed(make_job: Any, name: str, **more: Any) -> Job:
+    ascent = {"objective": {**GRAD_DIFF, "forget": {"type": "gradient_ascent", "weight": 3.0}}}
+    return job_of(make_job, name, ascent, checkpoint_every=2, steps=8, probe=Probe(every=2, rows=5), **more)
+
+
+def check_probe(job: Job, line: dict[str, Any]) -> None:
+    """What the probe said at the end, against plain forward passes of the model that was written."""
     setup, steps = loop.set_up(job, 0, 1, torch.device("cpu"))
-    model, normal = load_model(Path(job.output)), setup.batcher.normal
-    values = []
-    for i in probe_rows(setup, job.train.probe, steps).normal:
-        with torch.no_grad():
-            logp = answer_logits(model, normal.prompt(i), normal.answer(i)).double().log_softmax(-1)
-        values.append(logp[np.arange(len(logp)), normal.answer(i).astype(np.int64)].mean().exp())
-    assert float(torch.stack(values).mean()) == pytest.approx(found[8], abs=1e-6)
-    lowest = min(found, key=lambda n: found[n])
-    best = job_of(
-        make_job, "best", {"objective": {**GRAD_DIFF, "forget": {"type": "gradient_ascent", "weight": 3.0}}},
-        checkpoint_every=2, steps=8, probe=Probe(every=2, rows=5), keep_checkpoints=1,
-        checkpoint_best=Best(metric=PROBE, mode="max"),
-    )  # fmt: skip
-    highest = max(found, key=lambda n: found[n])
+    rows = probe_rows(setup, job.train.probe, steps)
+    model = load_model(Path(job.output))
+    for metric, own, chosen in (
+        (KEPT, setup.batcher.normal, rows.normal),
+        (FORGOTTEN, setup.batcher.forget, rows.forget),
+    ):
+        values = []
+        for i in chosen:
+            with torch.no_grad():
+                logp = answer_logits(model, own.prompt(i), own.answer(i)).double().log_softmax(-1)
+            values.append(logp[np.arange(len(logp)), own.answer(i).astype(np.int64)].mean().exp())
+        assert float(torch.stack(values).mean()) == pytest.approx(line[metric], abs=1e-6)
+
+
+def test_the_probe_measures_the_model_as_it_stands_and_chooses_the_best(make_job: Any, tmp_path: Path) -> None:
+    """Against plain forward passes; the best checkpoint becomes the model."""
+    job = probed(make_job, "probed", micro_batch_size=2)
+    run(job, tmp_path)
+    found = {line["step"]: line[KEPT] for line in lines(job) if KEPT in line}
+    assert list(found) == [2, 4, 6, 8]
+    check_probe(job, lines(job)[-1])
+    lowest, highest = min(found, key=lambda n: found[n]), max(found, key=lambda n: found[n])
+    best = probed(
+        make_job, "best", keep_checkpoints=1, checkpoint_best=Best(metric=KEPT, mode="max"), micro_batch_size=2
+    )
     assert highest != lowest
     assert run_job(best, tmp_path)["steps"] == highest
     assert set(steps_kept(Place(best.checkpoints))) == {highest, 8}
+
+
+@pytest.mark.slow
+def test_the_probe_is_the_same_on_two_ranks(make_job: Any, tmp_path: Path) -> None:
+    """Under ZeRO-3, with ranks that have unequal shares of the five rows."""
+    job = probed(make_job, "two", micro_batch_size=2)
+    (tmp_path / "job.json").write_text(job.model_dump_json())
+    on_two_ranks(tmp_path / "job.json")
+    check_probe(job, lines(job)[-1])

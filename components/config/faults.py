@@ -35,10 +35,10 @@ class Guard(Section):
 
 
 class Probe(Section):
-    """A quick look at what is to be kept, while training: probe/normal_probability.
+    """A quick look at what is kept and what forgotten, while training: probe/normal_probability and forget_probability.
 
-    The mean over some rows of the normal set, always the same ones, of the probability of an answer, to the power of
-    one over its tokens (TOFU's measure, arXiv 2401.06121).
+    The mean over some rows of the set, always the same ones, of the probability of an answer, to the power of one over
+    its tokens (TOFU's measure, arXiv 2401.06121).
     """
 
     every: int = Field(10, ge=1)

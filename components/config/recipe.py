@@ -125,14 +125,13 @@ def _guard_problems(recipe: Recipe) -> Iterator[str]:
 
 def _watched_problems(where: str, train: Train, terms: list[str], watched: list[str]) -> Iterator[str]:
     """Metrics that something depends on and no step measures."""
-    if train.probe and "normal" not in terms:
-        yield f"{where}train.probe looks at the rows of the normal term: give objective.normal"
     own = ["loss", "grad_norm", "clip_fraction", "gradient_cosine", *terms]
     for metric in [*watched, *([train.checkpoint_best.metric] if train.checkpoint_best else [])]:
         kind, _, name = metric.partition("/")
-        if kind == "probe" and not train.probe:
+        probed = kind == "probe" and name in [f"{term}_probability" for term in terms if term != "random"]
+        if probed and not train.probe:
             yield f"{metric} is measured with {where}train.probe only: give it, such as {where}train.probe.every=10"
-        elif metric != "probe/normal_probability" and (kind != "train" or not name.startswith(tuple(own))):
+        elif not probed and (kind != "train" or not name.startswith(tuple(own))):
             yield f"{metric} is never measured; expected probe/normal_probability, train/loss, train/normal_loss, …"
 
 

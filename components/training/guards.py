@@ -1,4 +1,4 @@
-"""What must not break while a model forgets: bounds on metrics, and a probe of what is to be kept."""
+"""What must not break while a model forgets: bounds on metrics, and a probe of what is kept and what forgotten."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,7 @@ from components.errors import ConfigError
 from components.training.batches import to_device
 from components.training.passes import Setup
 
-PROBE = "probe/normal_probability"
+PROBE = "probe/"  # what its metrics begin with
 
 
 def broken(guards: Sequence[Guard], metrics: Mapping[str, float]) -> str | None:
@@ -32,7 +32,7 @@ def seen(guards: Sequence[Guard], metrics: Mapping[str, float], step: int, befor
 
     A step's own metrics are measured before its update, so they speak of the step before; the probe comes after it.
     """
-    now = {g.metric: step if g.metric == PROBE else step - 1 for g in guards if g.metric in metrics}
+    now = {g.metric: step if g.metric.startswith(PROBE) else step - 1 for g in guards if g.metric in metrics}
     return {**before, **now}
 
 
@@ -48,39 +48,50 @@ def check_measured(guards: Sequence[Guard], metrics: Mapping[str, float]) -> Non
         ConfigError: with what there is.
     """
     for guard in guards:
-        if guard.metric != PROBE and guard.metric not in metrics:
+        if not guard.metric.startswith(PROBE) and guard.metric not in metrics:
             raise ConfigError(
                 f"Guard is on what is not measured (metric={guard.metric}). Expected one of "
-                f"{', '.join(sorted(metrics))} or, with train.probe, {PROBE}."
+                f"{', '.join(sorted(metrics))} or, with train.probe, probe/normal_probability."
             )
 
 
-def probe(setup: Setup, config: Probe, steps: int) -> float:
-    """Mean over some normal rows of p(answer)^(1/tokens) as the model stands now. A collective.
+def probe(setup: Setup, config: Probe, steps: int) -> dict[str, float]:
+    """Mean over some forget and some normal rows of p(answer)^(1/tokens) as the model stands now. A collective.
 
-    The rows are drawn once for the whole run among those that its steps use.
+    The rows are drawn once for the whole run, the normal ones among those that its steps use.
     """
-    rows = probe_rows(setup, config, steps)
-    total = torch.zeros(2, dtype=torch.float64, device=setup.device)
+    rows, groups = probe_rows(setup, config, steps), _groups(setup)
+    totals = torch.zeros(len(groups), dtype=torch.float64, device=setup.device)
     with torch.no_grad():
-        for batch in setup.batcher.micro_batches(rows, ("normal",)):
+        for batch in setup.batcher.micro_batches(rows, groups):
             here = to_device(batch, setup.device)
             logits = setup.engine(here.input_ids, here.positions, here.position_ids).logits
-            answers = here.groups["normal"]
-            logp = answers.padded(-torch.nn.functional.cross_entropy(logits.float(), answers.targets, reduction="none"))
-            if len(answers.targets):
-                total[0] += (logp.double().sum(1) / answers.mask.sum(1)).exp().sum()
-                total[1] += len(answers.mask)
-    torch.distributed.all_reduce(total)
-    return float(total[0] / total[1])
+            for place, answers in enumerate(here.groups.values()):
+                own = logits[answers.first : answers.first + len(answers.targets)].float()
+                logp = answers.padded(-torch.nn.functional.cross_entropy(own, answers.targets, reduction="none"))
+                if len(answers.targets):
+                    totals[place] += (logp.double().sum(1) / answers.mask.sum(1)).exp().sum()
+    torch.distributed.all_reduce(totals)
+    means = (totals / len(rows.counter)).tolist()
+    return {f"{PROBE}{group}_probability": mean for group, mean in zip(groups, means, strict=True)}
 
 
 def probe_rows(setup: Setup, config: Probe, steps: int) -> StepRows:
-    """The probe's rows, shaped as a step that has nothing else."""
-    used = setup.batcher.plan.normal_rows(steps)
-    count = min(config.rows, len(used))
-    chosen = np.sort(draw(setup.job.seed, "probe", 0).choice(used, count, replace=False))
+    """The probe's rows, shaped as a step: as many of each set."""
+    plan, groups = setup.batcher.plan, _groups(setup)
+    sets = {"forget": np.arange(plan.forget), "normal": plan.normal_rows(steps)}
+    count = min([config.rows, *(len(sets[group]) for group in groups)])
+    chosen = {
+        group: np.sort(draw(setup.job.seed, f"probe-{group}", 0).choice(sets[group], count, replace=False))
+        for group in groups
+    }
+    nothing = np.zeros(count, dtype=np.int64)
     return StepRows(
-        forget=np.zeros(count, dtype=np.int64), normal=chosen, random=np.zeros((count, 0), dtype=np.int64),
-        counter=np.arange(count),
+        forget=chosen.get("forget", nothing), normal=chosen.get("normal", nothing),
+        random=np.zeros((count, 0), dtype=np.int64), counter=np.arange(count),
     )  # fmt: skip
+
+
+def _groups(setup: Setup) -> tuple[str, ...]:
+    batcher = setup.batcher
+    return tuple(name for name, own in (("forget", batcher.forget), ("normal", batcher.normal)) if own is not None)

@@ -25,7 +25,7 @@ from components.training.engine import (
     start_engine,
 )
 from components.training.gradients import choose_mask, hold
-from components.training.guards import PROBE, broken, check_measured, last_good, probe, seen
+from components.training.guards import broken, check_measured, last_good, probe, seen
 from components.training.job import Job, make_plan, note, open_sets, total_steps
 from components.training.losses import steering_direction
 from components.training.passes import Setup
@@ -71,7 +71,7 @@ def train_loop(
                 course, measured, tokens, rows = leave_out(setup, course, bad)
             number = course.step
             if job.train.probe and (number % job.train.probe.every == 0 or number == steps):
-                measured[PROBE] = probe(setup, job.train.probe, steps)
+                measured |= probe(setup, job.train.probe, steps)
             if BAD_STEPS not in measured:
                 check_measured(job.guards, measured)
             guard = broken(job.guards, measured)
