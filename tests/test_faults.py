@@ -58,7 +58,9 @@ def check_same(make_job: Any, straight: dict[str, Job], found: Job, storage: Pat
                 key: str(storage / f"straight-{dtype}{key}") for key in ("output", "metrics", "checkpoints", "events")
             }
         )
-        run(job, storage)
+        file = storage / f"straight-{dtype}.json"
+        file.write_text(job.model_dump_json())
+        on_two_ranks(file)  # no Ray: it gives the same to the bit, and is there in a few seconds
         straight[dtype] = job
     expected = straight[dtype]
     ours, theirs = weights(found), weights(expected)
@@ -122,43 +124,39 @@ def cluster_address(ray_cluster: None) -> str:
 
 @pytest.mark.parametrize(
     ("dtype", "to_worker", "to_driver"),
-    [("fp32", signal.SIGKILL, signal.SIGTERM), ("bf16", signal.SIGSTOP, signal.SIGINT)],
+    [("fp32", signal.SIGSTOP, signal.SIGKILL), ("bf16", signal.SIGKILL, signal.SIGINT)],
 )
-def test_one_run_survives_everything_that_happens_to_its_processes(
+def test_one_run_survives_what_happens_to_its_processes(
     make_job: Any, tmp_path: Path, cluster_address: str, dtype: str, to_worker: int, to_driver: int, straight: Any,
     storage: Path,
 ) -> None:  # fmt: skip
-    """One of two Ray workers is killed or hangs, then the driver is killed, then stopped; each at a random step."""
+    """One of two Ray workers is killed or hangs, later the driver is killed or stopped; each at a random step."""
     from ray.util import placement_group_table
 
     job = job_like(make_job, "hard-life", dtype, timeout=10)
     random_ = random.Random(dtype)
-    first, second, third = random_.randrange(4, 8), random_.randrange(12, 16), random_.randrange(20, 24)
-
+    first, second = random_.randrange(4, 10), random_.randrange(13, 24)
     hit = when(lambda: steps_done(job.metrics) >= first, lambda: train_workers()[-1].send_signal(to_worker))
     process = start(job, tmp_path, RAY_ADDRESS=cluster_address)
-    assert when(lambda: hit.is_set() and steps_done(job.metrics) >= second, process.kill).wait(180)
-    process.wait()
+    reached = lambda: hit.is_set() and steps_done(job.metrics) >= second  # noqa: E731
+    assert when(reached, lambda: process.send_signal(to_driver), patience=180).wait(180)
+    code = process.wait(60)
     told = [event for event in events(job) if event["event"] == "failure"]
     assert len(told) == 1
     assert "Attempt 2 of 4" in told[0]["text"]
+    if to_driver == signal.SIGINT:
+        assert code == 130
+        assert "the same command goes on from there" in process.communicate()[1]
+        assert steps_kept(Place(job.checkpoints or ""))[0] == steps_done(job.metrics) < 30
 
-    deadline = time.monotonic() + 30  # no actor and no placement group of the dead driver lives on
+    deadline = time.monotonic() + 30  # no actor and no placement group of the driver lives on
     while time.monotonic() < deadline and (left := living(placement_group_table()) or train_workers()):
         time.sleep(0.5)
     assert not left
 
     process = start(job, tmp_path, RAY_ADDRESS=cluster_address)
-    assert when(lambda: steps_done(job.metrics) >= third, lambda: process.send_signal(to_driver)).wait(120)
-    assert process.wait(60) == 128 + to_driver
-    assert "the same command goes on from there" in process.communicate()[1]
-    reached = steps_done(job.metrics)
-    assert reached < 30
-    assert steps_kept(Place(job.checkpoints or ""))[0] == reached
-
-    process = start(job, tmp_path, RAY_ADDRESS=cluster_address)
     assert process.wait(180) == 0, process.communicate()[1]
-    assert [event["event"] for event in events(job)].count("resumed") == 3
+    assert [event["event"] for event in events(job)].count("resumed") == 2
     check_same(make_job, straight, job, storage)
 
 
@@ -166,25 +164,22 @@ def living(groups: dict[str, Any]) -> list[str]:
     return [name for name, group in groups.items() if group["state"] != "REMOVED"]
 
 
-@pytest.mark.parametrize("how", ["kill", "drain"])
-def test_a_node_goes(make_job: Any, tmp_path: Path, how: str, straight: Any, storage: Path) -> None:
-    """One of three nodes; that it was announced is no failure, and the checkpoint is made in time."""
-    job = job_like(make_job, how, "fp32", max_failures=1 if how == "kill" else 0, checkpoint_every=30)
+def test_nodes_go(make_job: Any, tmp_path: Path, straight: Any, storage: Path) -> None:
+    """Of four nodes one is drained and one killed. What was announced is no failure, and the checkpoint was in time."""
+    job = job_like(make_job, "nodes", "fp32", max_failures=1, checkpoint_every=30)
     file = tmp_path / "job.json"
     file.write_text(job.model_dump_json())
     short = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)  # a socket's path must be
     environment = {
-        **os.environ, "RAY_TMPDIR": short.name, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
-        "PATIENCE": "0.3" if how == "drain" else "0",
+        **os.environ, "RAY_TMPDIR": short.name, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1", "PATIENCE": "0.3",
     }  # fmt: skip
     found = subprocess.run(
-        [sys.executable, "-m", "tests.nodes", str(file), how], env=environment, cwd=ROOT, capture_output=True,
-        text=True, timeout=240,
+        [sys.executable, "-m", "tests.nodes", str(file)], env=environment, cwd=ROOT, capture_output=True, text=True,
+        timeout=300,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout.splitlines()[-1])["nodes"] == 2
-    told = [event["event"] for event in events(job)]
-    assert told == (["failure"] if how == "kill" else ["notice", "resumed"])
+    assert [event["event"] for event in events(job)] == ["notice", "resumed", "failure", "resumed"]
     check_same(make_job, straight, job, storage)
 
 
@@ -209,10 +204,9 @@ def test_killed_while_a_checkpoint_is_written(
     check_same(make_job, straight, job, storage)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_other_numbers_of_workers_go_on_from_each_others_checkpoints(make_job: Any, tmp_path: Path, stage: int) -> None:
+def test_other_numbers_of_workers_go_on_from_each_others_checkpoints(make_job: Any, tmp_path: Path) -> None:
     """6 steps on 2 ranks, then 6 on 1, and the other way round: as 12 straight steps, every row as often."""
-    case = {"train": {"zero_stage": stage, "micro_batch_size": 2, "steps": 12, "checkpoint_every": 6}}
+    case = {"train": {"zero_stage": 3, "micro_batch_size": 2, "steps": 12, "checkpoint_every": 6}}
     expected = job_of(make_job, "straight", case)
     run(expected, tmp_path)
     for name, first, second in (("2to1", 2, 1), ("1to2", 1, 2)):
@@ -336,55 +330,49 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def the_run(folder: Path) -> Path:
-    [found] = [path for path in folder.iterdir() if path.name.startswith("gradient-ascent")]
+    [found] = [path for path in folder.iterdir() if "-soul-small-" in path.name]
     return found
 
 
 def test_mlflow_that_dies_loses_nothing_and_slows_nothing(recipe: Path, server: Server, tmp_path: Path) -> None:
-    """Killed at step 5, started again when the run is over; a second time it hangs from step 5 on."""
+    """It hangs from step 5 on, is killed at step 60, and started again when the run is over."""
     from mlflow import MlflowClient
 
     def arguments(name: str) -> list[str]:
-        models = recipe.parent / "runs" / "models"
         storage = tmp_path / name
         storage.mkdir()
-        (storage / "models").symlink_to(models)
+        (storage / "models").symlink_to(recipe.parent / "runs" / "models")
         return [str(recipe), f"storage={storage}", f"tracking.uri={server.uri}"]
+
+    def steps(name: str) -> int:
+        return sum(steps_done(str(file)) for file in (tmp_path / name).glob("gradient-ascent*/metrics.jsonl"))
 
     undisturbed = command("unlearn", *arguments("calm"))
     assert undisturbed.returncode == 0, undisturbed.stderr
-    disturbances = {"killed": server.kill, "hung": lambda: os.killpg(server.process.pid, signal.SIGSTOP)}
-    for name, disturb in disturbances.items():
-        typed = arguments(name)
-
-        def metrics(name: str = name) -> str:
-            found = list((tmp_path / name).glob("gradient-ascent*/metrics.jsonl"))
-            return str(found[0]) if found else ""
-
-        happened = when(lambda: bool(metrics()) and steps_done(metrics()) >= 5, disturb)
-        done = command("unlearn", *typed)
-        assert happened.is_set()
-        assert done.returncode == 0, done.stderr
-        assert "entries wait in" in done.stdout
-        times = [step_seconds(the_run(tmp_path / which)) for which in ("calm", name)]
-        assert times[1] < 1.1 * times[0], times
-        if name == "killed":
-            server.start()
-        else:
-            os.killpg(server.process.pid, signal.SIGCONT)
-        again = command("unlearn", *typed)
-        assert "entries sent" in again.stdout, again.stdout + again.stderr
-        assert "small version" in again.stdout
-        client = MlflowClient(tracking_uri=server.uri, registry_uri=server.uri)
-        runs = client.search_runs(["1"], f"attributes.run_name = '{the_run(tmp_path / name).name}'")
-        [run] = [run for run in runs if str(tmp_path / name) in run.data.tags["run_folder"]]
-        assert run.info.status == "FINISHED"
-        history = client.get_metric_history(run.info.run_id, "train/forget_loss")
-        assert sorted(point.step for point in history) == list(range(1, 151))
-        written = [json.loads(line) for line in Path(metrics()).read_text().splitlines()]
-        assert {point.step: point.value for point in history} == {n["step"]: n["train/forget_loss"] for n in written}
-        assert {point.timestamp for point in history} == {int(n["time"] * 1000) for n in written}
-        assert len(client.search_model_versions(f"run_id = '{run.info.run_id}'")) == 1
+    typed = arguments("disturbed")
+    hung = when(lambda: steps("disturbed") >= 5, lambda: os.killpg(server.process.pid, signal.SIGSTOP))
+    killed = when(lambda: hung.is_set() and steps("disturbed") >= 60, server.kill)
+    done = command("unlearn", *typed)
+    assert killed.is_set()
+    assert done.returncode == 0, done.stderr
+    assert "entries wait in" in done.stdout
+    folder = the_run(tmp_path / "disturbed")
+    times = [step_seconds(the_run(tmp_path / name)) for name in ("calm", "disturbed")]
+    assert times[1] < 1.1 * times[0], times
+    server.start()
+    again = command("unlearn", *typed)
+    assert "entries sent" in again.stdout, again.stdout + again.stderr
+    assert "small version" in again.stdout
+    client = MlflowClient(tracking_uri=server.uri, registry_uri=server.uri)
+    runs = client.search_runs(["1"], f"attributes.run_name = '{folder.name}'")
+    [run] = [run for run in runs if str(tmp_path / "disturbed") in run.data.tags["run_folder"]]
+    assert run.info.status == "FINISHED"
+    history = client.get_metric_history(run.info.run_id, "train/forget_loss")
+    assert sorted(point.step for point in history) == list(range(1, 151))
+    written = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {point.step: point.value for point in history} == {n["step"]: n["train/forget_loss"] for n in written}
+    assert {point.timestamp for point in history} == {int(n["time"] * 1000) for n in written}
+    assert len(client.search_model_versions(f"run_id = '{run.info.run_id}'")) == 1
 
 
 def step_seconds(folder: Path) -> float:
@@ -494,7 +482,3 @@ def test_rows_that_changed_under_an_unfinished_run_are_refused(recipe: Path, tmp
     assert stop_midway("if_exists=new") == 143
     assert stop_midway("if_exists=new") == 143
     assert len(list((tmp_path / "runs").glob("gradient-ascent*"))) == 2
-    write(8)
-    going_on = command("unlearn", *typed)
-    assert going_on.returncode == 0, going_on.stderr
-    assert "going on after step" in going_on.stdout

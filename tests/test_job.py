@@ -1,7 +1,6 @@
 """`ray job submit` on a real head with dashboard and token authentication."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -9,8 +8,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from tests.test_pipelines import SMALL
 
@@ -62,12 +63,19 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             pytest.fail("the head's job server did not come up: " + (folder / "log").read_text())
         yield client
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:  # in order it takes 30 s
+            child.kill()
         process.wait(timeout=60)
 
 
-def submit(head: dict[str, str], *entrypoint: str, job: str) -> subprocess.CompletedProcess:
-    return ray("job", "submit", "--submission-id", job, "--working-dir", ".", "--", *entrypoint, environment=head)
+def submit(head: dict[str, str], *entrypoint: str, job: str, wait: bool = True) -> subprocess.CompletedProcess:
+    options = ["--submission-id", job, "--working-dir", ".", *([] if wait else ["--no-wait"])]
+    return ray("job", "submit", *options, "--", *entrypoint, environment=head)
+
+
+def steps_done(folder: Path) -> int:
+    found = list((folder / "runs").glob("gradient-ascent*/metrics.jsonl"))
+    return len(found[0].read_text().splitlines()) if found else 0
 
 
 def test_the_code_comes_from_the_upload(head: dict[str, str]) -> None:
@@ -81,14 +89,30 @@ def test_without_the_token_nobody_gets_in(head: dict[str, str]) -> None:
     assert ray("job", "list", environment=stranger).returncode != 0
 
 
-def test_the_main_job_runs_as_a_ray_job(head: dict[str, str], tmp_path: Path) -> None:
+def test_the_main_job_runs_as_a_ray_job_and_goes_on_after_a_stop(head: dict[str, str], tmp_path: Path) -> None:
+    """`ray job stop` leaves a checkpoint and an MLflow run that is KILLED; submitted again, it comes to its end."""
     recipe = tmp_path / "small.yaml"
-    recipe.write_text(yaml.safe_dump({**SMALL, "storage": str(tmp_path / "runs")}))
+    train = {**SMALL["train"], "steps": 60, "log_every": 20}
+    recipe.write_text(yaml.safe_dump({**SMALL, "train": train, "storage": str(tmp_path / "runs")}))
+    assert submit(head, "python", "pipelines/unlearn.py", str(recipe), job="stopped-job", wait=False).returncode == 0
+    deadline = time.monotonic() + 240
+    while not steps_done(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ray("job", "stop", "stopped-job", environment=head)
+    assert 0 < (reached := steps_done(tmp_path)) < 60
+    assert "STOPPED" in ray("job", "status", "stopped-job", environment=head).stdout
+    logs = ray("job", "logs", "stopped-job", environment=head).stdout
+    assert "SIGTERM: stopping after this step, with a checkpoint" in logs
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    [run] = client.search_runs(["1"])
+    assert run.info.status == "KILLED"
     done = submit(head, "python", "pipelines/unlearn.py", str(recipe), job="main-job")
     assert done.returncode == 0, done.stdout + done.stderr
     assert ray("job", "status", "main-job", environment=head).stdout.count("succeeded") == 1
     logs = ray("job", "logs", "main-job", environment=head).stdout
     assert "candidate and champion" in logs
+    assert f"going on after step {reached}" in logs
+    assert client.get_run(run.info.run_id).info.status == "FINISHED"
     ours = logs[logs.index("run          ") :].rstrip().splitlines()
     assert len(ours) < 80
     noise = [line for line in logs.splitlines() if "WARNING" in line or "INFO worker" in line or "pid=" in line]
