@@ -165,7 +165,10 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
             spool.put("end", status="KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             spool.drain(_SHORT_PATIENCE, limit=2 * _SHORT_PATIENCE)
         raise
-    remove_all(Place(checkpoints))
+    try:
+        remove_all(Place(checkpoints))
+    except OSError as error:  # the run is done; they only take room
+        say(f"checkpoints  cannot be removed from {checkpoints}: {error}")
     if not recipe.data.cache:
         for name in ("prepared", "reference", "overlap", "fingerprints"):
             shutil.rmtree(folder / name, ignore_errors=True)

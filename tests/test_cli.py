@@ -1,10 +1,14 @@
+import errno
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from components.errors import DataError, own_error
+from components.errors import ClusterError, DataError, Stopped, own_error
+from components.files import only_one
 from components.load_config import load_recipe
-from pipelines.cli import Command, run_cli, storage_folder
+from pipelines.cli import Command, exit_code, run_cli, storage_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = str(ROOT / "pipelines" / "recipes" / "demo.yaml")
@@ -54,3 +58,36 @@ def test_unexpected_errors_are_one_line_unless_debugged(capsys: pytest.CaptureFi
     assert text == "Unexpected RuntimeError: first line Run again with --debug for the traceback.\n"
     with pytest.raises(RuntimeError):
         run(RuntimeError("x"), capsys, "--debug")
+
+
+def test_exit_codes_of_ends_that_were_asked_for(capsys: pytest.CaptureFixture) -> None:
+    def stop(error: BaseException) -> Callable[[], None]:
+        def act() -> None:
+            raise error
+
+        return act
+
+    assert exit_code(stop(KeyboardInterrupt()), debug=False) == 130
+    assert exit_code(stop(Stopped("Stopped after step 3.", signal.SIGTERM)), debug=False) == 143
+    assert exit_code(stop(SystemExit(int(signal.SIGTERM))), debug=False) == 143  # as Ray ends while it starts
+    assert capsys.readouterr().err.split() == ["Stopped.", "Stopped", "after", "step", "3.", "Stopped."]
+    with pytest.raises(SystemExit):
+        exit_code(stop(SystemExit(3)), debug=False)
+
+
+def test_a_full_disk_is_one_paragraph_with_its_place(capsys: pytest.CaptureFixture) -> None:
+    def act() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/dev/full")
+
+    assert exit_code(act, debug=False) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("StorageError: File cannot be written (path=/dev/full, bytes free=")
+    assert "No space left on device" in told
+
+
+def test_a_run_folder_has_one_writer(tmp_path: Path) -> None:
+    with only_one(tmp_path), pytest.raises(ClusterError, match="being worked on already"), only_one(tmp_path):
+        pass
+    with only_one(tmp_path):  # free again
+        pass
+    assert not list(tmp_path.iterdir())
