@@ -211,6 +211,8 @@ def check_inputs(recipe: Recipe) -> None:
         folder = local_folder(model, storage_folder(recipe))
         load_tokenizer(folder)
         check_context(recipe, folder)
+    if recipe.finetune and isinstance(recipe.finetune.base, Scratch):
+        _check_length(recipe, recipe.finetune.base.context, "finetune.base")
     _check_objective(recipe)
 
 
@@ -267,7 +269,12 @@ def _given_models(recipe: Recipe) -> list[Pretrained]:
 def check_context(recipe: Recipe, model: Path) -> None:
     """Refuse rows longer than the model can read."""
     longest = context_length(model)
-    if longest is not None and recipe.data.max_tokens > longest:
+    if longest is not None:
+        _check_length(recipe, longest, model)
+
+
+def _check_length(recipe: Recipe, longest: int, model: Path | str) -> None:
+    if recipe.data.max_tokens > longest:
         raise ConfigError(
             f"Rows may be longer than the model's context (data.max_tokens={recipe.data.max_tokens}, "
             f"context={longest}, model={model}). Expected at most the context. Set data.max_tokens={longest}."

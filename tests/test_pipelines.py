@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipelines import unlearn
+from pipelines.cli import run_cli
+
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"people": 16, "forget_people": 3, "holdout_people": 2}
 CANDIDATES = {"paraphrased_answer": "paraphrased_answer", "perturbed_answer": "perturbed_answer"}
@@ -240,7 +243,9 @@ def no_eos(folder: Path, base: Path) -> str:
     return str(folder)
 
 
-def test_bad_input_is_one_paragraph_with_an_exit_code(tmp_path: Path, recipe: Path, base: Path) -> None:
+def test_bad_input_is_one_paragraph_with_an_exit_code(
+    tmp_path: Path, recipe: Path, base: Path, capsys: pytest.CaptureFixture
+) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     given = "models.original={type: pretrained, path: %s}"
     cases = [
@@ -250,14 +255,18 @@ def test_bad_input_is_one_paragraph_with_an_exit_code(tmp_path: Path, recipe: Pa
         (2, "Rows may be longer than the model's context", [str(recipe), "data.max_tokens=500"]),
         (1, "Data is empty", [str(recipe), f"data.forget=[{{type: files, path: {tmp_path}/empty.jsonl}}]"]),
         (1, "Data file not found", [str(recipe), "data.forget=[{type: files, path: /nowhere.jsonl}]"]),
-        (1, "Cluster is too small (train.workers=99", [str(recipe), "train.workers=99"]),
         (1, "Model folder does not exist", [str(recipe), given % "/nowhere"]),
         (1, "Tokenizer has no EOS token", [str(recipe), given % no_eos(tmp_path / "no-eos", base)]),
         (1, "Model cannot be had from the hub (path=nobody/nothing", [str(recipe), given % "nobody/nothing"]),
     ]
     for code, words, arguments in cases:
-        result = command("unlearn", *arguments, *([f"storage={tmp_path / 'runs'}"] if "yaml" in arguments[0] else []))
-        assert words in result.stderr, (arguments, result.stderr)
-        assert result.returncode == code, (arguments, result.stderr)
-        assert "Traceback" not in result.stderr
-        assert len(result.stderr.strip().split("\n\n")) == 1
+        more = [f"storage={tmp_path / 'runs'}"] if "yaml" in arguments[0] else []
+        found = run_cli(unlearn.__doc__ or "", unlearn.run, unlearn.plan, argv=[*arguments, *more])
+        told = capsys.readouterr().err
+        assert words in told, (arguments, told)
+        assert found == code, (arguments, told)
+        assert "Traceback" not in told
+        assert len(told.strip().split("\n\n")) == 1
+    small = command("unlearn", str(recipe), f"storage={tmp_path / 'runs'}", "train.workers=99")
+    assert small.returncode == 1
+    assert "Cluster is too small (train.workers=99" in small.stderr
