@@ -213,8 +213,15 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     return train_loop(
         job, context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device(),
-        notice=lambda: ray.train.get_preemption_info() is not None,
+        notice=_nodes_about_to_go,
     )  # fmt: skip
+
+
+def _nodes_about_to_go() -> tuple[str, ...]:
+    import ray.train
+
+    info = ray.train.get_preemption_info()
+    return tuple(info.preempted_node_ids) if info else ()
 
 
 def _worker_error(error: Any) -> Exception:

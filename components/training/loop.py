@@ -38,11 +38,11 @@ _NOTICE_SECONDS = 2.0  # between two questions whether a machine is about to go
 
 
 def train_loop(
-    job: Job, rank: int, world: int, device: torch.device, notice: Callable[[], bool] | None = None
+    job: Job, rank: int, world: int, device: torch.device, notice: Callable[[], tuple[str, ...]] | None = None
 ) -> dict[str, Any]:
     """Train `job.model` and write the result to `job.output`. torch.distributed must be up, with `world` ranks.
 
-    `notice` is asked by all ranks together, every few seconds, whether one of them is about to lose its machine.
+    `notice` is asked by all ranks together, every few seconds, which of their machines are about to go.
 
     Returns the number of steps behind the result, seconds, and `stopped`: True when somebody made the file `job.stop`,
     in which case there is a checkpoint and no result. The course of training is in `job.metrics` and `job.events`.
@@ -60,7 +60,7 @@ def train_loop(
     saving = Saving(setup, place, gathered(uuid.uuid4().hex[:8], setup)[0]) if place else None
     guard, stopped, best = None, False, job.train.checkpoint_best
     started = looked = time.perf_counter()
-    noticed = False
+    noticed: tuple[str, ...] = ()
 
     try:
         while course.step < steps and not stopped and not guard:
@@ -92,16 +92,16 @@ def train_loop(
             just_in_time = False
             if look and notice is not None:
                 looked = time.perf_counter()
-                just_in_time = notice() and not noticed
-                noticed = noticed or just_in_time
+                just_in_time = (going := notice()) not in ((), noticed)
+                noticed = going
                 if just_in_time and rank == 0:
                     note(job, "notice", f"a machine is about to go: checkpoint after step {number}", step=number)
             if saving and not guard and (stopped or just_in_time or _checkpoint_due(job, number, steps)):
                 saving.save(course, measured.get(best.metric) if best else None)
-    finally:  # an error must not leave half a checkpoint
+    except Exception:
         if saving:
-            saving.join()
-
+            saving.abandon()
+        raise
     if saving:
         saving.finish()
     seconds = time.perf_counter() - started

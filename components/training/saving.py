@@ -18,6 +18,7 @@ from components.training.checkpoint_files import Place
 from components.training.guards import last_good
 from components.training.passes import Setup
 
+_GRACE = 20.0  # seconds
 _PATIENCE = 3600.0  # seconds that rank 0 waits for the other ranks' files: a slow store is no reason to give up
 
 
@@ -63,10 +64,10 @@ class Saving:
         if failures:
             raise StorageError(failures[0]) from self._error
 
-    def join(self) -> None:
-        """Let this rank's part be written, whatever becomes of the others."""
+    def abandon(self) -> None:
+        """After an error: let what is being written come to its end, unless it waits for a rank that is no more."""
         if self._thread:
-            self._thread.join()
+            self._thread.join(_GRACE)
 
     def _copied(self) -> Iterator[tuple[str, Tensor]]:
         """Copies in the CPU's memory, the same memory each time: to get it anew costs ten times the copying."""
