@@ -1,9 +1,9 @@
 """Evaluate and compare models on the recipe's question sets.
 
-    python pipelines/evaluate.py pipelines/recipes/demo.yaml [MODEL_FOLDER ...] [section.field=value ...] [--dry-run]
+    python pipelines/evaluate.py pipelines/recipes/demo.yaml [MODEL ...] [section.field=value ...] [--dry-run]
 
-Original and retain-only models of the recipe come first, then the folders given. What is already scored is not
-scored again.
+Original and retain-only models of the recipe come first, then those given: folders, hub ids, or registered ones as
+models:/<name>@<alias>. What is already scored is not scored again.
 """
 
 import sys
@@ -19,6 +19,8 @@ from components.evaluation.exchange import read_reference
 from components.evaluation.report import metrics_table
 from components.evaluation.scoring import score
 from components.models import fingerprint, load_tokenizer, local_folder, tokenizer_facts
+from components.tracking import registry
+from components.tracking.run import make_client, tracking_uri
 from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
 from pipelines.finetune import Model, check_context, check_inputs, make_models
 from pipelines.training import telling
@@ -50,8 +52,15 @@ def plan(command: Command) -> str:
 
 def given_models(command: Command) -> list[Path]:
     """Folders of the models on the command line, else of the recipe's own run."""
-    paths = command.models or _own_result(command.recipe)
-    return [local_folder(Pretrained(type="pretrained", path=path), storage_folder(command.recipe)) for path in paths]
+    recipe = command.recipe
+    storage = storage_folder(recipe)
+
+    def folder(path: str) -> Path:
+        if path.startswith("models:/"):
+            return registry.fetch(make_client(tracking_uri(recipe.tracking, storage)), path, storage / "registered")
+        return local_folder(Pretrained(type="pretrained", path=path), storage)
+
+    return [folder(path) for path in command.models or _own_result(recipe)]
 
 
 def compared_models(recipe: Recipe, given: list[Path]) -> dict[str, Model]:

@@ -23,7 +23,7 @@ from components.config import Recipe, config_hash, registered_name, run_name
 from components.console import duration
 from components.data.prepare import Prepared
 from components.evaluation.evaluate import Evaluated, evaluate_records
-from components.evaluation.report import Sample, first_samples
+from components.evaluation.report import Sample, telling_samples
 from components.files import only_one, read_lines, write_whole, writing
 from components.models import fingerprint, load_tokenizer, parameter_count, tokenizer_facts
 from components.tracking.follow import follow
@@ -207,7 +207,7 @@ def _judge(
         evaluated["unlearned"] = evaluate_records(
             after, retain_reference(recipe, records.get("retain-only")), recipe.evaluation
         )
-        samples = {name: first_samples(records["original"], after, name) for name in questions}
+        samples = {name: telling_samples(records["original"], after, name) for name in questions}
     values = {name: found.values for name, found in evaluated.items()}
     unlearned = values.get("unlearned", {})
     happened = [event["text"] for event in read_lines(folder / "events.jsonl")]

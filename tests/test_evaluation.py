@@ -25,7 +25,7 @@ from components.evaluation.metrics import (
     probability,
     rouge_recall,
 )
-from components.evaluation.report import first_samples, metrics_table, write_model_card, write_report
+from components.evaluation.report import metrics_table, telling_samples, write_model_card, write_report
 from components.evaluation.scoring import score
 from components.models import fingerprint, load_tokenizer, tokenizer_facts
 from tests.conftest import people
@@ -238,13 +238,26 @@ def test_published_logs_are_read_and_ours_is_one(records: pa.Table, evaluation: 
             read_reference(tmp_path / "bad.json")
 
 
+def test_samples_are_the_ones_that_tell(records: pa.Table) -> None:
+    rows = [{**row} for row in records.to_pylist()]
+    changed = [row for row in rows if row["set"] == "forget"]
+    changed[4]["logp"] = [[-50.0], *changed[4]["logp"][1:]]
+    changed[7]["logp"] = [[-0.001], *changed[7]["logp"][1:]]
+    shown = telling_samples(records, pa.Table.from_pylist(rows, schema=records.schema), "forget")
+    assert [shown[0].question, shown[-1].question] == [changed[4]["question"], changed[7]["question"]]
+    kept = [row for row in rows if row["set"] == "retain"]
+    kept[2]["logp"] = [[-50.0], *kept[2]["logp"][1:]]
+    shown = telling_samples(records, pa.Table.from_pylist(rows, schema=records.schema), "retain")
+    assert shown[0].question == kept[2]["question"]
+
+
 def test_report_and_card_are_whole(records: pa.Table, evaluation: Evaluation, tmp_path: Path) -> None:
     found = evaluate_records(records, reference_of(records), evaluation)
     models = {"original": found, "unlearned": found, "retain-only": found._replace(missing={"x": "needs <y>"})}
     tables = dict.fromkeys(models, records)
     lines = [{"step": i, "train/forget_loss": -i, "train/grad_norm": 1.0, "train/clip_fraction": 0.5} for i in range(3)]
     lines.append({"step": 3, "train/bad_steps": 1.0})  # a step that was left out
-    shown = {"forget": first_samples(records, records, "forget")}
+    shown = {"forget": telling_samples(records, records, "forget")}
     gates = [["m", "1", ">=", "0", "pass"]]
     write_report(tmp_path / "r.html", "a <run>", {"command": "x"}, models, tables, lines, shown, gates)
     page = (tmp_path / "r.html").read_text()

@@ -235,6 +235,16 @@ def test_registration_and_aliases(uri: str, client, tmp_path: Path, base: Path) 
     for file in base.iterdir():
         assert (folder / file.name).read_bytes() == file.read_bytes()
     assert registry._sha256(base / "model.safetensors") == champion.tags["sha256.model.safetensors"]
+    fetched = registry.fetch(client, "models:/people-model@champion", tmp_path / "registered")
+    assert (fetched / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    assert registry.fetch(client, "models:/people-model/1", tmp_path / "registered") == fetched
+    client.set_model_version_tag("people-model", "2", "sha256.model.safetensors", "0" * 64)
+    with pytest.raises(TrackingError, match="Registered model was altered"):
+        registry.fetch(client, "models:/people-model/2", tmp_path / "registered")
+    assert not (tmp_path / "registered" / "people-model-2").exists()
+    for wrong in ("models:/people-model@nobody", "models:/nothing/1", "models:/people-model/77"):
+        with pytest.raises(TrackingError, match="Model is not registered"):
+            registry.fetch(client, wrong, tmp_path / "registered")
 
 
 def test_a_server_out_of_reach_is_one_paragraph(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from components.console import number, table
 from components.evaluation.evaluate import Evaluated, better
 from components.evaluation.membership import ATTACKS, auc
-from components.evaluation.metrics import log_truth_ratio, wrong_logp
+from components.evaluation.metrics import log_truth_ratio, probability, wrong_logp
 
 Metrics = Mapping[str, float]
 
@@ -52,11 +52,19 @@ def arrow(name: str) -> str:
     return {"higher": "↑", "lower": "↓"}.get(better(name), f"→{better(name)}")
 
 
-def first_samples(before: pa.Table, after: pa.Table, set_name: str, count: int = 3) -> list[Sample]:
-    """The first questions of a set with both models' greedy answers."""
-    old = [row for row in before.to_pylist() if row["set"] == set_name][:count]
-    new = [row for row in after.to_pylist() if row["set"] == set_name][:count]
-    return [Sample(a["question"], a["answer"], a["generated"], b["generated"]) for a, b in zip(old, new, strict=True)]
+def telling_samples(before: pa.Table, after: pa.Table, set_name: str, count: int = 3) -> list[Sample]:
+    """Questions of a set with both models' greedy answers, those that tell most.
+
+    Of what must be forgotten the most and, last, the least changed one; elsewhere those whose right answer's
+    probability fell most.
+    """
+    old, new = ([row for row in table.to_pylist() if row["set"] == set_name] for table in (before, after))
+    change = [probability(b) - probability(a) for a, b in zip(old, new, strict=True)]
+    order = [int(i) for i in np.argsort(change, kind="stable")]
+    chosen = order[:count]
+    if set_name == "forget" and len(order) > count:
+        chosen = [*order[: count - 1], order[-1]]
+    return [Sample(old[i]["question"], old[i]["answer"], old[i]["generated"], new[i]["generated"]) for i in chosen]
 
 
 def write_report(
@@ -74,7 +82,8 @@ def write_report(
         f"<h2>Forgetting against utility</h2>{_figure(_plane(values))}",
         f"<h2>Can it be told that something was forgotten?</h2>{_figure(_told_apart(records))}" if records else "",
         f"<h2>Course of training</h2>{_figure(_curves(lines))}" if lines else "",
-        "<h2>Answers before and after</h2>",
+        "<h2>Answers before and after</h2><p>Forget: the most changed and, last, the least changed; other sets: those "
+        "whose right answer became least likely.</p>",
         *(
             f"<h3>{html.escape(name)}</h3>" + _table([("question", "right answer", "before", "after")], rows)
             for name, rows in shown.items()

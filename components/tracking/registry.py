@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from components.errors import TrackingError
+from components.files import whole_folder
 
 
 def register(
@@ -75,6 +76,40 @@ def candidate(client: Any, name: str) -> Any:
             "Run pipelines/unlearn.py with this recipe first; with if_exists=new where the run finished under other "
             "tracking settings."
         ) from error
+
+
+def fetch(client: Any, uri: str, place: Path) -> Path:
+    """The folder of `models:/<name>@<alias>` or `models:/<name>/<version>`, copied to `place` once.
+
+    Raises:
+        TrackingError: when there is no such version, or its weights are not those that were registered.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    name, at, alias = uri.removeprefix("models:/").partition("@")
+    try:
+        if at:
+            version = client.get_model_version_by_alias(name, alias)
+        else:
+            name, _, number = name.rpartition("/")
+            version = client.get_model_version(name, number)
+    except MlflowException as error:
+        raise TrackingError(
+            f"Model is not registered (model={uri}): {str(error)[:200]}. Expected models:/<name>@<alias> or "
+            "models:/<name>/<version>."
+        ) from error
+    folder = place / f"{name}-{version.version}"
+    if not folder.exists():
+        with whole_folder(folder) as partial:
+            mlflow.artifacts.download_artifacts(f"models:/{name}/{version.version}", dst_path=str(partial))
+            for file in partial.glob("*.safetensors"):
+                if version.tags.get(f"sha256.{file.name}", "") != _sha256(file):
+                    raise TrackingError(
+                        f"Registered model was altered (model={uri}, file={file.name}). Expected the sha256 in its "
+                        "tags. Do not use it; promote another version."
+                    )
+    return folder
 
 
 def _sha256(file: Path) -> str:
