@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from fsspec.implementations.local import LocalFileSystem
 
 from components.data.locations import is_remote, open_store
+from components.errors import StorageError
 from components.files import free_bytes, refused
 
 MANIFEST, DAMAGED = "manifest.json", "manifest.damaged.json"
@@ -203,6 +204,11 @@ def _listed(place: Place, folder: str) -> Iterable[str]:
         return place.store.ls(folder, detail=False)
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise StorageError(
+            f"Checkpoints cannot be looked at (path={place.url}): {str(error)[:200]}. Expected a place within reach, "
+            "and for an object store credentials in the environment. Give the same command again."
+        ) from error
 
 
 @contextmanager
