@@ -253,7 +253,6 @@ def test_bad_input_is_one_paragraph_with_an_exit_code(
         (2, "Argument not understood", [str(recipe), "what"]),
         (2, "Did you mean workers?", [str(recipe), "train.wokers=1"]),
         (2, "Rows may be longer than the model's context", [str(recipe), "data.max_tokens=500"]),
-        (1, "Data is empty", [str(recipe), f"data.forget=[{{type: files, path: {tmp_path}/empty.jsonl}}]"]),
         (1, "Data file not found", [str(recipe), "data.forget=[{type: files, path: /nowhere.jsonl}]"]),
         (1, "Model folder does not exist", [str(recipe), given % "/nowhere"]),
         (1, "Tokenizer has no EOS token", [str(recipe), given % no_eos(tmp_path / "no-eos", base)]),
@@ -267,6 +266,8 @@ def test_bad_input_is_one_paragraph_with_an_exit_code(
         assert found == code, (arguments, told)
         assert "Traceback" not in told
         assert len(told.strip().split("\n\n")) == 1
-    small = command("unlearn", str(recipe), f"storage={tmp_path / 'runs'}", "train.workers=99")
-    assert small.returncode == 1
-    assert "Cluster is too small (train.workers=99" in small.stderr
+    empty = f"data.forget=[{{type: files, path: {tmp_path}/empty.jsonl}}]"
+    for words, given in (("Cluster is too small (train.workers=99", "train.workers=99"), ("Data is empty", empty)):
+        found_later = command("unlearn", str(recipe), f"storage={tmp_path / 'runs'}", given)
+        assert found_later.returncode == 1
+        assert words in found_later.stderr
