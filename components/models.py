@@ -3,7 +3,8 @@
 import hashlib
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -279,8 +280,21 @@ def save_model(
     state: "dict[str, torch.Tensor] | None" = None,
 ) -> None:
     """Write a plain Hugging Face folder; `state` takes the place of the model's own (possibly sharded) tensors."""
-    model.save_pretrained(folder, state_dict=None if state is None else dict(state))
+    with without_warnings():
+        model.save_pretrained(folder, state_dict=None if state is None else dict(state))
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Inside, nobody logs a warning: on its first import DeepSpeed, which saving a model may be, warns of no GPU."""
+    import logging
+
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _inner_size(scratch: Scratch) -> int:

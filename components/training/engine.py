@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from components.config import Train
 from components.errors import BadNumbers
 from components.layers import Watch
+from components.models import without_warnings
 
 
 class Outputs(NamedTuple):
@@ -99,11 +100,8 @@ def optimizer_parameters(engine: Any) -> list[nn.Parameter]:
 
 
 def _import_deepspeed() -> Any:
-    logging.disable(logging.WARNING)  # on import it warns of every machine without a GPU
-    try:
+    with without_warnings():
         import deepspeed
-    finally:
-        logging.disable(logging.NOTSET)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     from deepspeed.runtime import bf16_optimizer
 
