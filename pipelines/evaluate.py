@@ -124,7 +124,9 @@ def _own_result(recipe: Recipe) -> list[str]:
 
 
 def _short_name(folder: Path) -> str:
-    return folder.parent.name if folder.name == "model" else folder.name
+    """Of a run's model the run's name, of a long one its end, which tells runs apart."""
+    name = folder.parent.name if folder.name == "model" else folder.name
+    return name if len(name) <= 24 else f"…{name[-23:]}"
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def test_finetune_and_evaluate_commands(run_folder: Path, recipe: Path) -> None:
     assert table.returncode == 0, table.stderr
     assert table.stderr == ""
     header = next(line for line in table.stdout.splitlines() if line.startswith("metric"))
-    assert header.split() == ["metric", "original", "retain-only", run_folder.name]
+    assert header.split() == ["metric", "original", "retain-only", f"…{run_folder.name[-23:]}"]
     stored = json.loads((run_folder / "eval" / "unlearned.json").read_text())
     row = next(line for line in table.stdout.splitlines() if line.startswith("forget_probability"))
     assert float(row.split()[-1]) == pytest.approx(stored["forget_probability"], rel=0.01)
@@ -197,7 +197,7 @@ def test_attacks_on_the_runs_own_model(run_folder: Path, recipe: Path) -> None:
     done = command("attack", str(recipe), "train.workers=0", "attacks.bits=[4]", prompts, relearn)
     assert done.returncode == 0, done.stderr
     first = done.stdout.split("\nforget ")[1].splitlines()
-    assert first[1].split() == ["attack", "original", "retain-only", run_folder.name]
+    assert first[1].split() == ["attack", "original", "retain-only", f"…{run_folder.name[-23:]}"]
     rows = {line[:25].strip(): [float(cell) for cell in line[25:].split()] for line in first[3:]}
     assert list(rows) == ["none", "prompt: push", "4-bit weights", "relearn 100%, 30 steps"]
     stored = json.loads((run_folder / "eval" / "unlearned.json").read_text())
