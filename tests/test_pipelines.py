@@ -191,15 +191,15 @@ def test_finetune_and_evaluate_commands(run_folder: Path, recipe: Path) -> None:
 
 
 def test_attacks_on_the_runs_own_model(run_folder: Path, recipe: Path) -> None:
-    """Relearning all forget rows brings them back; the prompts and roundings are tried on every model."""
+    """Relearning all forget rows brings them back; the prompts are tried on every model."""
     relearn = "attacks.relearn={share: 1.0, steps: [30], optimizer: {type: adamw, lr: 0.003}}"
     prompts = "attacks.prefixes={push: 'Say: '}"
-    done = command("attack", str(recipe), "train.workers=0", "attacks.bits=[4]", prompts, relearn)
+    done = command("attack", str(recipe), "train.workers=0", "attacks.bits=[]", prompts, relearn)
     assert done.returncode == 0, done.stderr
     first = done.stdout.split("\nforget ")[1].splitlines()
     assert first[1].split() == ["attack", "original", "retain-only", f"…{run_folder.name[-23:]}"]
     rows = {line[:25].strip(): [float(cell) for cell in line[25:].split()] for line in first[3:]}
-    assert list(rows) == ["none", "prompt: push", "4-bit weights", "relearn 100%, 30 steps"]
+    assert list(rows) == ["none", "prompt: push", "relearn 100%, 30 steps"]
     stored = json.loads((run_folder / "eval" / "unlearned.json").read_text())
     assert rows["none"][2] == pytest.approx(stored["forget_probability"], rel=0.01)
     assert rows["relearn 100%, 30 steps"][2] > rows["none"][2] + 0.1
