@@ -136,7 +136,9 @@ def test_one_run_survives_what_happens_to_its_processes(
     job = job_like(make_job, "hard-life", dtype, timeout=10)
     random_ = random.Random(dtype)
     first, second = random_.randrange(4, 10), random_.randrange(13, 24)
-    hit = when(lambda: steps_done(job.metrics) >= first, lambda: train_workers()[-1].send_signal(to_worker))
+    place = Place(job.checkpoints or "")
+    far = lambda: steps_done(job.metrics) >= first and bool(steps_kept(place))  # noqa: E731
+    hit = when(far, lambda: train_workers()[-1].send_signal(to_worker))
     process = start(job, tmp_path, RAY_ADDRESS=cluster_address)
     reached = lambda: hit.is_set() and steps_done(job.metrics) >= second  # noqa: E731
     assert when(reached, lambda: process.send_signal(to_driver), patience=180).wait(180)
