@@ -1,5 +1,6 @@
 """Files and folders that are whole or absent: written under a temporary name, then renamed."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,7 +8,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import filelock
 import pyarrow as pa
@@ -82,12 +83,26 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file, none where there is no file; half a line of a process that was killed is left out."""
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    """The whole JSON lines of a file, none where there is no file."""
+    if not file.exists():
+        return []
+    with file.open("rb") as stream:
+        return [line for line, _ in lines_after(stream, 0)]
+
+
+def lines_after(stream: BinaryIO, place: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """The whole JSON lines from byte `place` on, each with the place behind it.
+
+    A line that is still being written is left for later; half a line, which a process that was killed or a full disk
+    left, is passed over.
+    """
+    stream.seek(place)
+    for line in stream:
+        if not line.endswith(b"\n"):
+            return
+        place += len(line)
         with suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+            yield json.loads(line), place
 
 
 def append_line(file: Path, value: dict[str, Any]) -> None:
@@ -118,6 +133,12 @@ def only_one(folder: Path) -> Iterator[None]:
     finally:
         lock.release()
         (folder / ".lock").unlink(missing_ok=True)
+
+
+def sha256(file: str | Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_arrow(table: pa.Table, file: Path) -> None:

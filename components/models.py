@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from components.config import Pretrained, Scratch, digest
 from components.data.prompts import TokenizerFacts
 from components.errors import ModelError
-from components.files import whole_folder
+from components.files import sha256, whole_folder
 
 if TYPE_CHECKING:
     import torch
@@ -74,8 +74,7 @@ def fingerprint(folder: Path) -> str:
     total = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix in (".safetensors", ".json", ".jinja", ".model") and file.is_file():
-            with file.open("rb") as stream:
-                total.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}".encode())
+            total.update(f"{file.name}:{sha256(file)}".encode())
     return total.hexdigest()[:32]
 
 

@@ -27,7 +27,7 @@ from components.training.launch import run_job
 from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
 from pipelines.evaluate import compared_models, given_models, prepare_questions, score_model
 from pipelines.finetune import Model, check_inputs
-from pipelines.training import say_stopped, telling
+from pipelines.training import telling
 
 _SHOWN = ("probability", "rouge")
 
@@ -84,13 +84,15 @@ def _changed(
     recipe: Recipe, model: Model, questions: dict[str, Prepared], change: Callable[[Model, Path], None]
 ) -> dict[str, float]:
     """What `model` says after `change` has written a changed copy of it, which is not kept."""
-    folder = storage_folder(recipe) / "attacks" / digest([model.hash, recipe.name])
-    shutil.rmtree(folder, ignore_errors=True)
+    scratch = storage_folder(recipe) / "attacks" / digest([model.hash, recipe.name])
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    folder = scratch / "model"
     try:
         change(model, folder)
         return _score(recipe, Model(folder, fingerprint(folder)), questions)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _quantised(bits: int) -> Callable[[Model, Path], None]:
@@ -101,20 +103,16 @@ def _relearn(recipe: Recipe, relearn: Relearn, steps: int, model: Model, folder:
     """Train the model on some of the forget rows."""
     facts, storage = tokenizer_facts(load_tokenizer(model.folder)), storage_folder(recipe)
     prepared = prepare(recipe.data.forget, "pairs", recipe.data, facts, storage, tell=telling("relearn"))
-    left_out = folder.with_name(f"{folder.name}.rows.npy")
-    left_out.parent.mkdir(parents=True, exist_ok=True)
+    left_out = folder.with_name("rows.npy")
     np.save(left_out, part_left_out(len(PreparedRows(prepared.folder)), relearn.share, recipe.seed))
     size = {"batch_size": relearn.batch_size, "steps": steps, "checkpoint_every": None, "probe": None}
     plain = {"lora": None, "trainable": None, "checkpoint_best": None, "gradient_cosine_every": None}
-    metrics = folder.with_name(f"{folder.name}.jsonl")
     job = Job(
-        model=str(model.folder), output=str(folder), metrics=str(metrics), normal=str(prepared.folder),
-        normal_without=str(left_out), objective=Objective(normal=Nll(type="nll")), optimizer=relearn.optimizer,
-        train=recipe.train.model_copy(update={**size, **plain}), seed=recipe.seed,
+        model=str(model.folder), output=str(folder), metrics=str(folder.with_name("metrics.jsonl")),
+        normal=str(prepared.folder), normal_without=str(left_out), objective=Objective(normal=Nll(type="nll")),
+        optimizer=relearn.optimizer, train=recipe.train.model_copy(update={**size, **plain}), seed=recipe.seed,
     )  # fmt: skip
-    say_stopped(run_job(job, storage))
-    for file in (metrics, left_out):
-        file.unlink()
+    run_job(job, storage)
 
 
 if __name__ == "__main__":

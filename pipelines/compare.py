@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 from components.config import Recipe, Section
 from components.console import number, table
 from components.errors import ConfigError, TrainingError
-from components.files import write_whole
+from components.files import read_lines, write_whole
 from pipelines.cli import exit_code, parse_arguments, say
 from pipelines.finetune import inputs_digest
 from pipelines.unlearn import run_folder
@@ -135,7 +135,7 @@ def _result(cell: Cell, recipe: Recipe) -> list[str]:
         )
     folder = run_folder(recipe, inputs_digest(recipe))
     metrics = json.loads((folder / "summary.json").read_text())["metrics"]["unlearned"]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(folder / "metrics.jsonl")
     return [cell.row, cell.column, *(number(metrics.get(name)) for name in _METRICS), *_course(lines)]
 
 

@@ -10,7 +10,7 @@ from components.config import Recipe
 from components.evaluation.evaluate import Evaluated
 from components.evaluation.exchange import open_unlearning_log
 from components.evaluation.report import Sample, metrics_table, write_model_card, write_report
-from components.files import write_whole
+from components.files import read_lines, write_whole
 from components.tracking.gates import GateResult, gate_cells, gate_table
 from components.tracking.run import tracking_uri
 from pipelines.cli import storage_folder
@@ -45,7 +45,7 @@ class Outcome(NamedTuple):
 def write_files(outcome: Outcome) -> None:
     """`eval/*.json`, `report.html` and `model/README.md` in the run folder."""
     folder, title = outcome.folder, outcome.folder.name
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(folder / "metrics.jsonl")
     (folder / "eval").mkdir(exist_ok=True)
     for name, values in outcome.metrics.items():
         write_whole(folder / "eval" / f"{name}.json", json.dumps(values, indent=2))

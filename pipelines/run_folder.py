@@ -4,7 +4,7 @@ import json
 import uuid
 from pathlib import Path
 
-from components.config import Recipe, run_name
+from components.config import Recipe, differences, run_name
 from components.errors import ConfigError
 from components.files import write_whole
 from pipelines.cli import storage_folder
@@ -52,9 +52,7 @@ def check_begun(folder: Path, made_from: dict[str, str]) -> str:
         ConfigError: naming what was and what is.
     """
     begun = json.loads((folder / "begun.json").read_text())
-    then = begun.setdefault("made_from", made_from)
-    changed = [f"{key}: {then.get(key)} then, {now} now" for key, now in made_from.items() if then.get(key) != now]
-    if changed:
+    if changed := differences(begun.setdefault("made_from", made_from), made_from):
         raise ConfigError(
             f"Run was begun with other models or rows (folder={folder}; {'; '.join(changed)}). Expected the same. Put "
             "back what was changed, set if_exists=new to start anew beside it, or remove the folder."

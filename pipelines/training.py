@@ -10,6 +10,7 @@ from components.config import Train
 from components.data.locations import is_remote
 from components.errors import Stopped
 from components.tracking.follow import follow
+from components.training.checkpoint_files import Place, steps_kept
 from components.training.job import Job
 from pipelines.cli import Progress, absolute_folder, say
 
@@ -33,8 +34,6 @@ def _say_all(events: list[dict[str, Any]]) -> None:
 
 def _steps_done(job: Job) -> int:
     """Steps that are not done again, as far as can be told without looking into the checkpoint."""
-    from components.training.checkpoint_files import Place, steps_kept
-
     with suppress(OSError):  # a store out of reach is told by those who need it
         return max(steps_kept(Place(job.checkpoints)), default=0) if job.checkpoints else 0
     return 0

@@ -15,14 +15,14 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from components.config import Recipe, config_hash, registered_name, run_name
 from components.console import duration
 from components.data.prepare import Prepared
-from components.evaluation.evaluate import Evaluated, evaluate_records
+from components.evaluation.evaluate import Evaluated, Reference, evaluate_records
 from components.evaluation.report import Sample, telling_samples
 from components.files import only_one, read_lines, write_whole, writing
 from components.models import fingerprint, load_tokenizer, parameter_count, tokenizer_facts
@@ -54,6 +54,19 @@ from pipelines.training import checkpoint_place, say_stopped, shown, telling
 
 _MODELS = ("original", "unlearned", "retain-only")
 _PATIENCE, _SHORT_PATIENCE = 20.0, 3.0  # seconds that MLflow may fail to answer before the command ends without it
+
+
+class Before(NamedTuple):
+    """What is known of the models before training."""
+
+    questions: dict[str, Prepared]
+    """By question set."""
+    records: dict[str, pa.Table]
+    """By model: original and retain-only, as far as there are any."""
+    reference: Reference | None
+    """Of the retain-only model."""
+    evaluated: dict[str, Evaluated]
+    """By model."""
 
 
 def run(command: Command) -> None:
@@ -136,16 +149,7 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
     place = storage if recipe.data.cache else folder
     streams = _prepare(recipe, original, place)
 
-    questions = prepare_questions(recipe, original)
-    records = {"original": score_model(recipe, original, questions)} if questions else {}
-    if questions and retain_only:
-        check_same_tokens([original, retain_only])
-        records["retain-only"] = score_model(recipe, retain_only, questions)
-    reference = retain_reference(recipe, records.get("retain-only"))
-    before = {name: evaluate_records(table, reference, recipe.evaluation) for name, table in records.items()}
-    if before:
-        say("baseline     " + ", ".join(_headline(name, found.values) for name, found in before.items()))
-
+    before = _evaluate_before(recipe, original, retain_only)
     spool = open_spool(folder, recipe.tracking, storage, telling("MLflow"))
     made_from = {"model": original.hash, **{name: prepared.digest for name, prepared in streams.sets().items()}}
     run_id = check_begun(folder, made_from)
@@ -154,10 +158,10 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
         say(f"attempt      {attempt}")
     try:
         put_metrics(spool, "data", data_counts(streams), step=0)
-        put_metrics(spool, "eval", before["original"].values if before else {}, step=0)
+        put_metrics(spool, "eval", before.evaluated["original"].values if before.evaluated else {}, step=0)
         with spool.sending():
             trained = _train(recipe, folder, original, streams, spool, made_from, checkpoints)
-            outcome = _judge(recipe, folder, original, streams, questions, records, before, spool, trained)
+            outcome = _judge(recipe, folder, original, streams, before, spool, trained)
         spool.put("end", status="FINISHED")
         spool.drain(_PATIENCE)
     except BaseException as error:
@@ -193,21 +197,33 @@ def run_tags(recipe: Recipe, original: Model, streams: Streams) -> dict[str, str
     }
 
 
+def _evaluate_before(recipe: Recipe, original: Model, retain_only: Model | None) -> Before:
+    """Score the original and the retain-only model on the recipe's questions."""
+    questions = prepare_questions(recipe, original)
+    records = {"original": score_model(recipe, original, questions)} if questions else {}
+    if questions and retain_only:
+        check_same_tokens([original, retain_only])
+        records["retain-only"] = score_model(recipe, retain_only, questions)
+    reference = retain_reference(recipe, records.get("retain-only"))
+    evaluated = {name: evaluate_records(table, reference, recipe.evaluation) for name, table in records.items()}
+    if evaluated:
+        say("baseline     " + ", ".join(_headline(name, found.values) for name, found in evaluated.items()))
+    return Before(questions, records, reference, evaluated)
+
+
 def _judge(
-    recipe: Recipe, folder: Path, original: Model, streams: Streams, questions: dict[str, Prepared],
-    records: dict[str, pa.Table], before: dict[str, Evaluated], spool: Spool, trained: dict[str, Any],
+    recipe: Recipe, folder: Path, original: Model, streams: Streams, before: Before, spool: Spool,
+    trained: dict[str, Any],
 ) -> Outcome:  # fmt: skip
     """Evaluate what was trained, write the report, and have it registered."""
     model = Model(folder / "model", fingerprint(folder / "model"))
 
     samples: dict[str, list[Sample]] = {}
-    evaluated = dict(before)
-    if questions:
-        after = records["unlearned"] = score_model(recipe, model, questions)
-        evaluated["unlearned"] = evaluate_records(
-            after, retain_reference(recipe, records.get("retain-only")), recipe.evaluation
-        )
-        samples = {name: telling_samples(records["original"], after, name) for name in questions}
+    records, evaluated = dict(before.records), dict(before.evaluated)
+    if before.questions:
+        after = records["unlearned"] = score_model(recipe, model, before.questions)
+        evaluated["unlearned"] = evaluate_records(after, before.reference, recipe.evaluation)
+        samples = {name: telling_samples(records["original"], after, name) for name in before.questions}
     values = {name: found.values for name, found in evaluated.items()}
     unlearned = values.get("unlearned", {})
     happened = [event["text"] for event in read_lines(folder / "events.jsonl")]

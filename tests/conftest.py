@@ -31,7 +31,7 @@ from components.data.mapping import source_texts
 from components.data.prepare import Prepared, prepare
 from components.data.rows import PreparedRows
 from components.data.tokenise import ROWS
-from components.files import write_arrow
+from components.files import read_lines, write_arrow
 from components.models import fingerprint, load_tokenizer, make_scratch, quiet_libraries, tokenizer_facts
 from components.training.job import Job
 from components.training.launch import run_job
@@ -146,7 +146,7 @@ def original(base: Path, streams: dict[str, Prepared], storage: Path) -> Path:
         train=Train(workers=0, zero_stage=0, batch_size=16, micro_batch_size=16, steps=60), seed=0,
     )  # fmt: skip
     run_job(job, storage)
-    losses = [json.loads(line)["train/normal_loss"] for line in (storage / "original.jsonl").read_text().splitlines()]
+    losses = [line["train/normal_loss"] for line in read_lines(storage / "original.jsonl")]
     assert losses[-1] < 0.5 * losses[0]
     return output
 

@@ -21,8 +21,8 @@ def one_of_two(rank: int, job_file: str, folder: str, seconds: float) -> None:
     from components.training.loop import train_loop
     from tests.training import join
 
-    quick = checkpoint_files._sha256
-    checkpoint_files._sha256 = lambda file: (time.sleep(seconds), quick(file))[1]  # type: ignore[func-returns-value]
+    quick = checkpoint_files.sha256
+    checkpoint_files.sha256 = lambda file: (time.sleep(seconds), quick(file))[1]  # type: ignore[func-returns-value]
     join(rank, folder)
     job = Job.model_validate(json.loads(Path(job_file).read_text()))
     train_loop(job, rank, 2, torch.device("cpu"))

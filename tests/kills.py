@@ -8,7 +8,6 @@ are counted; then it begins anew. After every kill, processes and the shared-mem
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -25,7 +24,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from components.files import read_lines
 from tests.test_pipelines import ROOT, SMALL
+from tests.training import steps_done
 
 STEPS = 60
 
@@ -147,11 +148,6 @@ def run_folder(storage: Path) -> Path:
     return found
 
 
-def steps_done(storage: Path) -> int:
-    found = list(storage.glob("gradient-ascent*/metrics.jsonl"))
-    return len(found[0].read_text().splitlines()) if found else 0
-
-
 def differences(expected: Path, found: Path, storage: Path) -> list[str]:
     """What is not as in the undisturbed run."""
     from mlflow import MlflowClient
@@ -161,8 +157,7 @@ def differences(expected: Path, found: Path, storage: Path) -> list[str]:
     if any(not torch.equal(ours[key], theirs[key]) for key in theirs):
         wrong.append("another model")
     lines = [
-        [(line["step"], line["rows"]) for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
-        for folder in (found, expected)
+        [(line["step"], line["rows"]) for line in read_lines(folder / "metrics.jsonl")] for folder in (found, expected)
     ]
     if lines[0] != lines[1]:
         wrong.append("other steps or rows")

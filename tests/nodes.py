@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil
 
-from components.files import read_lines
 from components.training.job import Job
+from tests.training import events, steps_done
 
 
 def run(job: Job, scratch: Path) -> None:
@@ -32,7 +32,7 @@ def run(job: Job, scratch: Path) -> None:
     ray.init(address=cluster.address, log_to_driver=False, logging_level=40)
 
     def go() -> None:
-        await_(lambda: steps_done(job) >= 4)
+        await_(lambda: steps_done(job.metrics) >= 4)
         drained = next(node for node in nodes if trains(node))
         subprocess.run(
             [Path(sys.executable).parent / "ray", "drain-node", "--address", cluster.address, "--node-id",
@@ -40,9 +40,9 @@ def run(job: Job, scratch: Path) -> None:
              "--deadline-remaining-seconds", "8"],
             check=True, capture_output=True,
         )  # fmt: skip
-        await_(lambda: "resumed" in events(job))
-        before = steps_done(job)
-        await_(lambda: steps_done(job) >= before + 2)
+        await_(lambda: any(event["event"] == "resumed" for event in events(job)))
+        before = steps_done(job.metrics)
+        await_(lambda: steps_done(job.metrics) >= before + 2)
         killed = next(node for node in nodes if node is not drained and trains(node))
         cluster.remove_node(killed, allow_graceful=False)
 
@@ -56,14 +56,6 @@ def run(job: Job, scratch: Path) -> None:
 def await_(happened: Callable[[], bool]) -> None:
     while not happened():
         time.sleep(0.02)
-
-
-def steps_done(job: Job) -> int:
-    return len(read_lines(Path(job.metrics)))
-
-
-def events(job: Job) -> list[str]:
-    return [event["event"] for event in read_lines(Path(job.events or ""))]
 
 
 def trains(node: Any) -> bool:

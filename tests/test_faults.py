@@ -23,13 +23,14 @@ import torch
 import yaml
 
 from components.errors import StorageError
+from components.files import read_lines
 from components.training.checkpoint_files import MANIFEST, Place, steps_kept
 from components.training.job import Job
 from components.training.launch import run_job
 from tests.drive import on_two_ranks
 from tests.test_checkpoint import GRAD_DIFF, job_of
 from tests.test_pipelines import ROOT, SMALL, command
-from tests.training import distance, events, lines, run, saved, weights
+from tests.training import distance, events, lines, run, saved, steps_done, weights
 
 pytestmark = pytest.mark.faults
 SPLIT = {"workers": 2, "zero_stage": 3, "micro_batch_size": 2, "steps": 30, "checkpoint_every": 3}
@@ -72,13 +73,6 @@ def check_same(make_job: Any, straight: dict[str, Job], found: Job, storage: Pat
     assert [(line["step"], line["rows"]) for line in lines(found)] == [
         (line["step"], line["rows"]) for line in lines(expected)
     ]
-
-
-def steps_done(metrics: str) -> int:
-    try:
-        return len(Path(metrics).read_text().splitlines())
-    except OSError:
-        return 0
 
 
 def when(reached: Callable[[], bool], act: Callable[[], None], patience: float = 120) -> threading.Event:
@@ -225,7 +219,7 @@ def test_other_numbers_of_workers_go_on_from_each_others_checkpoints(make_job: A
                 Path(job.output).rmdir()
         assert distance(weights(job), weights(expected)) < 1e-5
         assert [line["rows"] for line in lines(job)] == [line["rows"] for line in lines(expected)]
-        told = f"workers {first} then, {second} now: the result is equal up to the order of sums, not to the bit"
+        told = f"workers: {first} then, {second} now; the result is equal up to the order of sums, not to the bit"
         assert told in [event["text"] for event in events(job)]
 
 
@@ -346,14 +340,11 @@ def test_mlflow_that_dies_loses_nothing_and_slows_nothing(recipe: Path, server: 
         (storage / "models").symlink_to(recipe.parent / "runs" / "models")
         return [str(recipe), f"storage={storage}", f"tracking.uri={server.uri}"]
 
-    def steps(name: str) -> int:
-        return sum(steps_done(str(file)) for file in (tmp_path / name).glob("gradient-ascent*/metrics.jsonl"))
-
     undisturbed = command("unlearn", *arguments("calm"))
     assert undisturbed.returncode == 0, undisturbed.stderr
     typed = arguments("disturbed")
-    hung = when(lambda: steps("disturbed") >= 5, lambda: os.killpg(server.process.pid, signal.SIGSTOP))
-    killed = when(lambda: hung.is_set() and steps("disturbed") >= 60, server.kill)
+    hung = when(lambda: steps_done(tmp_path / "disturbed") >= 5, lambda: os.killpg(server.process.pid, signal.SIGSTOP))
+    killed = when(lambda: hung.is_set() and steps_done(tmp_path / "disturbed") >= 60, server.kill)
     done = command("unlearn", *typed)
     assert killed.is_set()
     assert done.returncode == 0, done.stderr
@@ -371,7 +362,7 @@ def test_mlflow_that_dies_loses_nothing_and_slows_nothing(recipe: Path, server: 
     assert run.info.status == "FINISHED"
     history = client.get_metric_history(run.info.run_id, "train/forget_loss")
     assert sorted(point.step for point in history) == list(range(1, 151))
-    written = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    written = read_lines(folder / "metrics.jsonl")
     assert {point.step: point.value for point in history} == {n["step"]: n["train/forget_loss"] for n in written}
     assert {point.timestamp for point in history} == {int(n["time"] * 1000) for n in written}
     assert len(client.search_model_versions(f"run_id = '{run.info.run_id}'")) == 1
@@ -379,8 +370,8 @@ def test_mlflow_that_dies_loses_nothing_and_slows_nothing(recipe: Path, server: 
 
 def step_seconds(folder: Path) -> float:
     """The lower quartile: what else the machine does makes steps slower, never faster."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return statistics.quantiles([line["perf/step_seconds"] for line in lines[5:]], n=4)[0]
+    lines = read_lines(folder / "metrics.jsonl")[5:]
+    return statistics.quantiles([line["perf/step_seconds"] for line in lines], n=4)[0]
 
 
 def test_a_command_that_is_stopped_says_so_everywhere(recipe: Path, tmp_path: Path) -> None:
@@ -392,13 +383,7 @@ def test_a_command_that_is_stopped_says_so_everywhere(recipe: Path, tmp_path: Pa
         [sys.executable, str(ROOT / "pipelines" / "unlearn.py"), *typed], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    found: list[Path] = []
-
-    def reached() -> bool:
-        found[:] = tmp_path.glob("gradient-ascent*/metrics.jsonl")
-        return bool(found) and steps_done(str(found[0])) >= 30
-
-    assert when(reached, process.terminate).wait(120)
+    assert when(lambda: steps_done(tmp_path) >= 30, process.terminate).wait(120)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 143, err
     assert "SIGTERM: stopping after this step, with a checkpoint" in out
@@ -461,13 +446,8 @@ def test_rows_that_changed_under_an_unfinished_run_are_refused(recipe: Path, tmp
             [sys.executable, str(ROOT / "pipelines" / "unlearn.py"), *typed, *more], stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        before = sum(steps_done(str(f)) for f in (tmp_path / "runs").glob("gradient-ascent*/metrics.jsonl"))
-
-        def reached() -> bool:
-            files = (tmp_path / "runs").glob("gradient-ascent*/metrics.jsonl")
-            return sum(steps_done(str(file)) for file in files) > before + 5
-
-        assert when(reached, process.terminate).wait(120)
+        before = steps_done(tmp_path / "runs")
+        assert when(lambda: steps_done(tmp_path / "runs") > before + 5, process.terminate).wait(120)
         return process.wait(60)
 
     write(8)

@@ -14,6 +14,7 @@ import yaml
 from mlflow import MlflowClient
 
 from tests.test_pipelines import SMALL
+from tests.training import steps_done
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
@@ -73,11 +74,6 @@ def submit(head: dict[str, str], *entrypoint: str, job: str, wait: bool = True) 
     return ray("job", "submit", *options, "--", *entrypoint, environment=head)
 
 
-def steps_done(folder: Path) -> int:
-    found = list((folder / "runs").glob("gradient-ascent*/metrics.jsonl"))
-    return len(found[0].read_text().splitlines()) if found else 0
-
-
 def test_the_code_comes_from_the_upload(head: dict[str, str]) -> None:
     done = submit(head, "python", "-c", "import components; print(components.__file__)", job="where")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -96,11 +92,11 @@ def test_the_main_job_runs_as_a_ray_job_and_goes_on_after_a_stop(head: dict[str,
     recipe.write_text(yaml.safe_dump({**SMALL, "train": train, "storage": str(tmp_path / "runs")}))
     assert submit(head, "python", "pipelines/unlearn.py", str(recipe), job="stopped-job", wait=False).returncode == 0
     deadline = time.monotonic() + 240
-    while not steps_done(tmp_path) and time.monotonic() < deadline:
+    while not steps_done(tmp_path / "runs") and time.monotonic() < deadline:
         time.sleep(0.05)
     ray("job", "stop", "stopped-job", environment=head)
-    assert 0 < (reached := steps_done(tmp_path)) < 60
-    assert "STOPPED" in ray("job", "status", "stopped-job", environment=head).stdout
+    assert 0 < (reached := steps_done(tmp_path / "runs")) < 60
+    assert "'stopped-job' was stopped" in ray("job", "status", "stopped-job", environment=head).stdout
     logs = ray("job", "logs", "stopped-job", environment=head).stdout
     assert "SIGTERM: stopping after this step, with a checkpoint" in logs
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")

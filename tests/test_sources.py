@@ -214,7 +214,7 @@ def test_a_large_file_is_hashed_again_only_when_it_changes(tmp_path: Path, monke
     path = write(tmp_path / "x.jsonl")
     before = fingerprint(files(path), tmp_path)
     with monkeypatch.context() as still:
-        still.setattr(locations, "_hash", lambda file: pytest.fail("hashed again"))
+        still.setattr(locations, "sha256", lambda file: pytest.fail("hashed again"))
         assert fingerprint(files(path), tmp_path) == before
     path.write_text(path.read_text().replace("a?", "z?"))
     assert fingerprint(files(path), tmp_path) != before

@@ -7,7 +7,7 @@ import pytest
 
 from components.config import Gate, Tracking
 from components.errors import TrackingError
-from components.files import write_whole
+from components.files import sha256, write_whole
 from components.load_config import load_recipe
 from components.tracking import registry
 from components.tracking.follow import follow
@@ -234,7 +234,7 @@ def test_registration_and_aliases(uri: str, client, tmp_path: Path, base: Path) 
     folder = Path(mlflow.artifacts.download_artifacts("models:/people-model@champion", dst_path=str(tmp_path / "out")))
     for file in base.iterdir():
         assert (folder / file.name).read_bytes() == file.read_bytes()
-    assert registry._sha256(base / "model.safetensors") == champion.tags["sha256.model.safetensors"]
+    assert sha256(base / "model.safetensors") == champion.tags["sha256.model.safetensors"]
     fetched = registry.fetch(client, "models:/people-model@champion", tmp_path / "registered")
     assert (fetched / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     assert registry.fetch(client, "models:/people-model/1", tmp_path / "registered") == fetched

@@ -1,6 +1,5 @@
 """What tests of training share: settings, reading results, and the same training written plainly."""
 
-import json
 import os
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from components.config import GradientAscent, KlToOriginal, Objective, RandomResponse, Soul, Train
+from components.files import read_lines
 from components.models import load_model
 from components.training.batches import Batcher
 from components.training.checkpoint_files import Place, manifest, steps_kept
@@ -41,11 +41,18 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 def lines(job: Job) -> list[dict]:
-    return [json.loads(line) for line in Path(job.metrics).read_text().splitlines()]
+    return read_lines(Path(job.metrics))
 
 
 def events(job: Job) -> list[dict]:
-    return [json.loads(line) for line in Path(job.events or "").read_text().splitlines()]
+    return read_lines(Path(job.events or ""))
+
+
+def steps_done(where: str | Path) -> int:
+    """Lines of a metrics file, or of those of all runs in a storage folder."""
+    where = Path(where)
+    files = where.glob("gradient-ascent*/metrics.jsonl") if where.is_dir() else [where]
+    return sum(len(read_lines(file)) for file in files)
 
 
 def saved(job: Job, step: int | None = None) -> dict[str, torch.Tensor]:

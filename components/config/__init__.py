@@ -37,7 +37,7 @@ from components.config.objective import (
     Wga,
 )
 from components.config.recipe import NOT_PART_OF_TRAINING, Recipe, config_hash, registered_name, run_name
-from components.config.section import Section, digest
+from components.config.section import Section, differences, digest, leaves
 from components.config.training import (
     Adafactor,
     AdamW,
@@ -123,7 +123,9 @@ __all__ = [
     "Weight",
     "Wga",
     "config_hash",
+    "differences",
     "digest",
+    "leaves",
     "registered_name",
     "run_name",
 ]

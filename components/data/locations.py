@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from components.errors import DataError
-from components.files import write_whole
+from components.files import sha256, write_whole
 
 _HASH_AGAIN_BELOW = 1 << 20  # bytes; the digest of a larger file is remembered with its size and time
 
@@ -72,20 +72,15 @@ def content_digest(file: str, memory: Path) -> str:
         return hashlib.sha256(f"{file} {info['size']} {info['mtime']}".encode()).hexdigest()
     state = os.stat(file)
     if state.st_size < _HASH_AGAIN_BELOW:
-        return _hash(file)
+        return sha256(file)
     note = memory / hashlib.sha256(file.encode()).hexdigest()[:32]
     key = f"{file} {state.st_size} {state.st_mtime_ns}"
     if note.exists() and note.read_text(encoding="utf-8").startswith(key + "\n"):
         return note.read_text(encoding="utf-8").splitlines()[1]
-    digest = _hash(file)
+    digest = sha256(file)
     memory.mkdir(parents=True, exist_ok=True)
     write_whole(note, f"{key}\n{digest}\n")
     return digest
-
-
-def _hash(file: str) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def open_store(url: str) -> tuple[Any, str]:

@@ -11,7 +11,14 @@ import pyarrow as pa
 from components.config import Evaluation
 from components.errors import DataError
 from components.evaluation.membership import ATTACKS, auc, privleak
-from components.evaluation.metrics import ROW_METRICS, Row, log_truth_ratio, normalised_probability, wrong_logp
+from components.evaluation.metrics import (
+    ROW_METRICS,
+    Row,
+    by_set,
+    log_truth_ratios,
+    normalised_probability,
+    wrong_logp,
+)
 
 _RESAMPLES = 1000
 _NEEDS_RETAIN_ONLY = "needs a retain-only model: give models.retain_only, finetune or evaluation.retain_log"
@@ -40,11 +47,10 @@ class Reference(NamedTuple):
 
 def reference_of(records: pa.Table) -> Reference:
     """From the retain-only model's own records."""
-    by_set = _by_set(records)
-    forget, holdout = by_set.get("forget", []), by_set.get("holdout", [])
-    ratios = [log_truth_ratio(row) for row in forget] if forget and all(wrong_logp(row) for row in forget) else None
+    sets = by_set(records)
+    forget, holdout = sets.get("forget", []), sets.get("holdout", [])
     scores = [[ATTACKS["min_k"](row) for row in rows] for rows in (forget, holdout)]
-    return Reference(ratios, auc(*scores) if all(scores) else None, [row["row_id"] for row in forget])
+    return Reference(log_truth_ratios(forget), auc(*scores) if all(scores) else None, [row["row_id"] for row in forget])
 
 
 def evaluate_records(records: pa.Table, reference: Reference | None, evaluation: Evaluation) -> Evaluated:
@@ -53,9 +59,9 @@ def evaluate_records(records: pa.Table, reference: Reference | None, evaluation:
     Raises:
         DataError: when a metric is not finite, or the retain-only model was asked other questions.
     """
-    by_set = _by_set(records)
-    scores = {name: _row_scores(rows, evaluation.sets[name].normalised) for name, rows in by_set.items()}
-    draws = {name: _resamples(len(rows), name) for name, rows in by_set.items()}
+    sets = by_set(records)
+    scores = {name: _row_scores(rows, evaluation.sets[name].normalised) for name, rows in sets.items()}
+    draws = {name: _resamples(len(rows), name) for name, rows in sets.items()}
     values: dict[str, float] = {}
     intervals: dict[str, tuple[float, float]] = {}
     missing: dict[str, str] = {}
@@ -68,11 +74,11 @@ def evaluate_records(records: pa.Table, reference: Reference | None, evaluation:
         values["model_utility"] = float(harmonic_mean(np.array([values[f"{s}_{m}"] for s, m in parts])))
         resampled = np.stack([scores[s][m][draws[s]].mean(axis=1) for s, m in parts])
         intervals["model_utility"] = _interval(harmonic_mean(resampled))
-    if "forget" in by_set:
+    if "forget" in sets:
         if reference:
-            _check_same_rows(by_set["forget"], reference)
-        _forget_quality(by_set["forget"], reference, values, missing)
-        _membership(by_set, reference, draws, values, intervals, missing)
+            _check_same_rows(sets["forget"], reference)
+        _forget_quality(sets["forget"], reference, values, missing)
+        _membership(sets, reference, draws, values, intervals, missing)
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
         raise DataError(f"Metrics are not finite ({', '.join(bad)}). Expected finite log-probabilities in the records.")
@@ -103,25 +109,25 @@ def _forget_quality(
     forget: Sequence[Row], reference: Reference | None, values: dict[str, float], missing: dict[str, str]
 ) -> None:
     names = ("forget_quality", "forget_quality_log10")
-    if not all(wrong_logp(row) for row in forget):
+    own = log_truth_ratios(forget)
+    if own is None:
         missing.update(dict.fromkeys(names, "needs wrong answers in the set forget: name its column perturbed_answer"))
     elif reference is None or reference.log_truth_ratios is None:
         missing.update(dict.fromkeys(names, _NEEDS_RETAIN_ONLY))
     else:
-        own = [log_truth_ratio(row) for row in forget]
         values["forget_quality"], values["forget_quality_log10"] = forget_quality(own, reference.log_truth_ratios)
 
 
 def _membership(
-    by_set: Mapping[str, list[Row]], reference: Reference | None, draws: Mapping[str, np.ndarray],
+    sets: Mapping[str, list[Row]], reference: Reference | None, draws: Mapping[str, np.ndarray],
     values: dict[str, float], intervals: dict[str, tuple[float, float]], missing: dict[str, str],
 ) -> None:  # fmt: skip
-    if "holdout" not in by_set:
+    if "holdout" not in sets:
         why = "needs rows that no model saw: give evaluation.sets.holdout"
         missing.update(dict.fromkeys([*(f"mia_{name}" for name in ATTACKS), "privleak"], why))
         return
     for name, attack in ATTACKS.items():
-        members, others = (np.array([attack(row) for row in by_set[s]]) for s in ("forget", "holdout"))
+        members, others = (np.array([attack(row) for row in sets[s]]) for s in ("forget", "holdout"))
         values[f"mia_{name}"] = auc(members, others)
         pairs = zip(draws["forget"][:200], draws["holdout"][:200], strict=True)
         intervals[f"mia_{name}"] = _interval(np.array([auc(members[i], others[j]) for i, j in pairs]))
@@ -178,10 +184,3 @@ def _resamples(count: int, name: str) -> np.ndarray:
 def _interval(resampled: np.ndarray) -> tuple[float, float]:
     low, high = np.percentile(resampled, [2.5, 97.5])
     return float(low), float(high)
-
-
-def _by_set(records: pa.Table) -> dict[str, list[Row]]:
-    rows: dict[str, list[Row]] = {}
-    for row in records.to_pylist():
-        rows.setdefault(row["set"], []).append(row)
-    return rows

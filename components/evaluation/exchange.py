@@ -9,7 +9,7 @@ from typing import Any
 from components.errors import DataError
 from components.evaluation.evaluate import Evaluated, Reference
 from components.evaluation.membership import ATTACKS
-from components.evaluation.metrics import ROW_METRICS, Row, log_truth_ratio, wrong_logp
+from components.evaluation.metrics import ROW_METRICS, Row, log_truth_ratios
 
 
 def read_reference(file: Path) -> Reference:
@@ -64,8 +64,8 @@ def open_unlearning_log(evaluated: Evaluated, rows: Sequence[Row]) -> tuple[dict
     """(TOFU_EVAL.json, TOFU_SUMMARY.json) of one model, as far as its sets have TOFU's names."""
     log: dict[str, Any] = {}
     forget = [row for row in rows if row["set"] == "forget"]
-    if forget and all(wrong_logp(row) for row in forget):
-        scores = {str(i): {"score": math.exp(log_truth_ratio(row))} for i, row in enumerate(forget)}
+    if ratios := log_truth_ratios(forget):
+        scores = {str(i): {"score": math.exp(ratio)} for i, ratio in enumerate(ratios)}
         log["forget_truth_ratio"] = {"value_by_index": scores, "agg_value": evaluated.values["forget_truth_ratio"]}
     for theirs, (set_name, metric) in _THEIR_NAMES.items():
         if f"{set_name}_{metric}" in evaluated.values:

@@ -10,9 +10,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 Row = dict[str, Any]
 """A record as `scoring.score` gives it."""
+
+
+def by_set(records: pa.Table) -> dict[str, list[Row]]:
+    """The rows of each question set."""
+    rows: dict[str, list[Row]] = {}
+    for row in records.to_pylist():
+        rows.setdefault(row["set"], []).append(row)
+    return rows
 
 
 class RowMetric(NamedTuple):
@@ -49,6 +58,11 @@ def log_truth_ratio(row: Row) -> float:
     At most 700 in size, so that its exponential stays finite for a model that has collapsed.
     """
     return _log_ratio(row, [np.mean(logp) for logp in wrong_logp(row)])
+
+
+def log_truth_ratios(rows: Sequence[Row]) -> list[float] | None:
+    """Of each row; None where there are no rows, or not all have wrong answers."""
+    return [log_truth_ratio(row) for row in rows] if rows and all(wrong_logp(row) for row in rows) else None
 
 
 def log_truth_ratio_arithmetic(row: Row) -> float:

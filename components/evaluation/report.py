@@ -13,7 +13,7 @@ import pyarrow as pa
 from components.console import number, table
 from components.evaluation.evaluate import Evaluated, better
 from components.evaluation.membership import ATTACKS, auc
-from components.evaluation.metrics import log_truth_ratio, probability, wrong_logp
+from components.evaluation.metrics import Row, by_set, log_truth_ratios, probability
 
 Metrics = Mapping[str, float]
 
@@ -58,7 +58,7 @@ def telling_samples(before: pa.Table, after: pa.Table, set_name: str, count: int
     Of what must be forgotten the most and, last, the least changed one; elsewhere those whose right answer's
     probability fell most.
     """
-    old, new = ([row for row in table.to_pylist() if row["set"] == set_name] for table in (before, after))
+    old, new = (by_set(table)[set_name] for table in (before, after))
     change = [probability(b) - probability(a) for a, b in zip(old, new, strict=True)]
     order = [int(i) for i in np.argsort(change, kind="stable")]
     chosen = order[:count]
@@ -75,9 +75,10 @@ def write_report(
     """One HTML file without outside references."""
     values = {name: evaluated.values for name, evaluated in models.items()}
     missing = {metric: why for evaluated in models.values() for metric, why in evaluated.missing.items()}
+    headline = [name for name in metric_names(values) if name in HEADLINE]
     sections = [
         f"<h1>{html.escape(title)}</h1>",
-        _table([("", *models)], [[n, *(number(m.get(n)) for m in values.values())] for n in _present(values)]),
+        _table([("", *models)], [[n, *(number(m.get(n)) for m in values.values())] for n in headline]),
         "<h2>Gates</h2>" + _table([("metric", "value", "condition", "bound", "outcome")], gates) if gates else "",
         f"<h2>Forgetting against utility</h2>{_figure(_plane(values))}",
         f"<h2>Can it be told that something was forgotten?</h2>{_figure(_told_apart(records))}" if records else "",
@@ -117,10 +118,6 @@ def _table(head: Sequence[Sequence[str]], rows: Sequence[Sequence[str]]) -> str:
     return "<table>" + "".join(cells(r, "th") for r in head) + "".join(cells(r, "td") for r in rows) + "</table>"
 
 
-def _present(models: Mapping[str, Metrics]) -> list[str]:
-    return [name for name in HEADLINE if any(name in metrics for metrics in models.values())]
-
-
 def _metric_row(name: str, models: Mapping[str, Evaluated]) -> list[str]:
     cells = []
     for evaluated in models.values():
@@ -134,20 +131,19 @@ def _told_apart(records: Mapping[str, pa.Table]) -> Any:
     """Truth ratios of the forget rows with the largest distance to retain-only's, and the ROC of min-k."""
     from matplotlib.figure import Figure
 
-    of = {name: table.to_pylist() for name, table in records.items()}
+    of = {name: by_set(table) for name, table in records.items()}
     figure = Figure(figsize=(9.2, 3.8))
     left, right = figure.subplots(1, 2)
-    for name, rows in of.items():
-        forget = [row for row in rows if row["set"] == "forget"]
-        if forget and all(wrong_logp(row) for row in forget):
-            ratios = np.sort([log_truth_ratio(row) for row in forget])
+    for name, sets in of.items():
+        forget = sets.get("forget", [])
+        if found := log_truth_ratios(forget):
+            ratios = np.sort(found)
             left.step(ratios, np.arange(1, len(ratios) + 1) / len(ratios), where="post", label=name)
-        holdout = [ATTACKS["min_k"](row) for row in rows if row["set"] == "holdout"]
-        if forget and holdout:
-            members = np.array([ATTACKS["min_k"](row) for row in forget])
-            limits = np.sort(np.concatenate([members, holdout, [-np.inf]]))[::-1]
-            rates = [(np.mean(members > limit), np.mean(np.array(holdout) > limit)) for limit in limits]
-            right.plot(*zip(*rates, strict=True), label=f"{name}, AUC {auc(list(members), holdout):.2f}")
+        members, others = (np.array([ATTACKS["min_k"](row) for row in sets.get(s, [])]) for s in ("forget", "holdout"))
+        if len(members) and len(others):
+            limits = np.sort(np.concatenate([members, others, [-np.inf]]))[::-1]
+            rates = [(np.mean(members > limit), np.mean(others > limit)) for limit in limits]
+            right.plot(*zip(*rates, strict=True), label=f"{name}, AUC {auc(members, others):.2f}")
     _mark_distance(left, of)
     left.set_xlabel("log truth ratio of forget rows")
     left.set_ylabel("share of rows below")
@@ -162,14 +158,14 @@ def _told_apart(records: Mapping[str, pa.Table]) -> Any:
     return figure
 
 
-def _mark_distance(axes: Any, of: Mapping[str, list[dict[str, Any]]]) -> None:
+def _mark_distance(axes: Any, of: Mapping[str, dict[str, list[Row]]]) -> None:
     """The Kolmogorov-Smirnov distance between unlearned and retain-only, where it is largest."""
     from scipy.stats import ks_2samp
 
-    both = [[row for row in of.get(name, []) if row["set"] == "forget"] for name in ("unlearned", "retain-only")]
-    if not all(both) or not all(wrong_logp(row) for rows in both for row in rows):
+    both = [log_truth_ratios(of.get(name, {}).get("forget", [])) for name in ("unlearned", "retain-only")]
+    ours, theirs = (np.sort(ratios or []) for ratios in both)
+    if not len(ours) or not len(theirs):
         return
-    ours, theirs = (np.sort([log_truth_ratio(row) for row in rows]) for rows in both)
     found = ks_2samp(ours, theirs)
     at = found.statistic_location
     heights = [np.searchsorted(values, at, side="right") / len(values) for values in (ours, theirs)]

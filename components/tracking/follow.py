@@ -1,12 +1,13 @@
 """Follow a metrics.jsonl while it grows: training writes to a file and never waits for whoever reads it."""
 
-import json
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from components.files import lines_after
 
 Lines = list[dict[str, Any]]
 
@@ -65,11 +66,5 @@ def _new_lines(file: Path, place: _Place) -> tuple[_Place, Lines]:
     with file.open("rb") as stream:
         inode = os.fstat(stream.fileno()).st_ino
         offset = place.offset if inode == place.file else 0
-        stream.seek(offset)
-        content = stream.read()
-    whole = content[: content.rfind(b"\n") + 1]  # a line that is still being written is left for later
-    lines = []
-    for line in whole.splitlines():
-        with suppress(ValueError):  # half a line that a full disk left
-            lines.append(json.loads(line))
-    return _Place(inode, offset + len(whole)), lines
+        found = list(lines_after(stream, offset))
+    return _Place(inode, found[-1][1] if found else offset), [line for line, _ in found]

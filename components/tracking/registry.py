@@ -1,12 +1,11 @@
 """A model folder in MLflow's registry, and the aliases `candidate` and `champion`."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from components.errors import TrackingError
-from components.files import whole_folder
+from components.files import sha256, whole_folder
 
 
 def register(
@@ -24,7 +23,7 @@ def register(
     if found:
         version = found[0].version
     else:
-        digests = {f"sha256.{file.name}": _sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+        digests = {f"sha256.{file.name}": sha256(file) for file in sorted(folder.glob("*.safetensors"))}
         model_id = _upload(client, run_id, folder, step, {**digests, **tags})
         try:
             client.get_registered_model(name)
@@ -104,14 +103,9 @@ def fetch(client: Any, uri: str, place: Path) -> Path:
         with whole_folder(folder) as partial:
             mlflow.artifacts.download_artifacts(f"models:/{name}/{version.version}", dst_path=str(partial))
             for file in partial.glob("*.safetensors"):
-                if version.tags.get(f"sha256.{file.name}", "") != _sha256(file):
+                if version.tags.get(f"sha256.{file.name}", "") != sha256(file):
                     raise TrackingError(
                         f"Registered model was altered (model={uri}, file={file.name}). Expected the sha256 in its "
                         "tags. Do not use it; promote another version."
                     )
     return folder
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

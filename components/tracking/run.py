@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.config import Recipe, Tracking
+from components.config import Recipe, Tracking, leaves
 from components.errors import TrackingError
 from components.tracking import registry
 from components.tracking.spool import Entry, Gone, Handler, Known, Spool
+
+_LONGEST = 500  # characters of a param, which older servers take; the artifact config.json has all
 
 
 def tracking_uri(tracking: Tracking, storage: Path) -> str:
@@ -60,10 +62,12 @@ def put_run(spool: Spool, recipe: Recipe, name: str, folder: Path, tags: Mapping
     if attempt > 1:
         spool.put("attempt", attempt=attempt)
         return attempt
-    params = {key: str(value) for key, value in _scalars(recipe.model_dump(mode="json"))}
+    settings = leaves(recipe.model_dump(mode="json", exclude_none=True))
+    params = {key: json.dumps(value) if isinstance(value, list) else str(value) for key, value in settings.items()}
     spool.put(
         "run", experiment=recipe.tracking.experiment, storage=str(folder.parent), name=name,
-        tags={**tags, "run_folder": str(folder), "attempts": "1"}, params=params,
+        tags={**tags, "run_folder": str(folder), "attempts": "1"},
+        params={key: value for key, value in params.items() if len(value) < _LONGEST},
     )  # fmt: skip
     spool.put("artifact", path=str(folder / "config.json"))
     return attempt
@@ -177,11 +181,3 @@ def _experiment(client: Any, name: str, storage: Path) -> str:
         return client.create_experiment(name, artifact_location=location)
     except MlflowException:  # another process was first
         return client.get_experiment_by_name(name).experiment_id
-
-
-def _scalars(value: Any, path: str = "") -> list[tuple[str, Any]]:
-    if isinstance(value, dict):
-        return [pair for key, inner in value.items() for pair in _scalars(inner, f"{path}.{key}" if path else key)]
-    if isinstance(value, list):
-        return [(path, json.dumps(value))] if len(json.dumps(value)) < 500 else []
-    return [] if value is None else [(path, value)]

@@ -6,17 +6,16 @@ a crash between sending and noting it does no harm.
 """
 
 import json
-import os
 import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.files import read_lines, write_whole, writing
+from components.files import append_line, lines_after, read_lines, write_whole, writing
 
 _BATCH = 900  # metric points in one request, of at most 1000
 _PAUSES = (1.0, 2.0, 5.0, 10.0)  # seconds before trying again
@@ -49,7 +48,6 @@ class Spool:
         self._failing_since: float | None = None
         self.error: Exception | None = None
         folder.mkdir(parents=True, exist_ok=True)
-        self._end_line()
         servers = json.loads(self._sent.read_text()) if self._sent.exists() else {}
         self._servers: dict[str, Known] = {uri: {"offset": 0}, **servers}
         self._read_to = self.known["offset"]
@@ -64,16 +62,10 @@ class Spool:
         """Write an entry down; it is sent while `sending`.
 
         Raises:
-            StorageError: when it cannot be written; nothing of it is then.
+            StorageError: when it cannot be written.
         """
-        line = json.dumps({"kind": kind, "time": time.time(), "key": uuid.uuid4().hex, **entry}) + "\n"
         with self._writing, writing("What MLflow is to be told", self._queue):
-            try:
-                with self._queue.open("a", encoding="utf-8") as stream:
-                    stream.write(line)
-            except OSError:
-                self._end_line()
-                raise
+            append_line(self._queue, {"kind": kind, "time": time.time(), "key": uuid.uuid4().hex, **entry})
 
     def entries(self) -> list[Entry]:
         """All entries ever put, sent or not."""
@@ -163,8 +155,7 @@ class Spool:
                 for point in entry["points"]:
                     self._send_or_refuse({**entry, "points": [point]})
                 return None
-            with self._refused.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({**entry, "reason": str(error)[:500]}) + "\n")
+            append_line(self._refused, {**entry, "reason": str(error)[:500]})
             return None
 
     def _next_batch(self) -> list[tuple[Entry, int]]:
@@ -184,16 +175,6 @@ class Spool:
         if not self._queue.exists():
             return
         with self._queue.open("rb") as stream:
-            stream.seek(self._read_to)
-            for line in stream:
-                if not line.endswith(b"\n"):  # it is being written
-                    break
-                self._read_to += len(line)
-                with suppress(ValueError):
-                    self._waiting.append((json.loads(line), self._read_to))
-
-    def _end_line(self) -> None:
-        """Cut off half a line, which a process that was killed or a full disk left."""
-        if self._queue.exists():
-            content = self._queue.read_bytes()
-            os.truncate(self._queue, content.rfind(b"\n") + 1)
+            new = list(lines_after(stream, self._read_to))
+        self._waiting += new
+        self._read_to = new[-1][1] if new else self._read_to

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from components.config import NOT_PART_OF_TRAINING
+from components.config import NOT_PART_OF_TRAINING, differences
 from components.errors import ConfigError, StorageError
 from components.objectives.weights import Learnt
 from components.training import checkpoint_files as files
@@ -85,8 +85,8 @@ def resume(setup: Setup, place: Place, at_most: int | None = None) -> tuple[Cour
             if not problems:
                 assert saved is not None
                 _check_same_job(setup.job, saved.state, place.path(step))
-                if changes := _changed_split(setup, saved.state):
-                    told.append(f"{changes}: the result is equal up to the order of sums, not to the bit")
+                if changed := differences(saved.state["split"], split_of(setup)):
+                    told.append(f"{', '.join(changed)}; the result is equal up to the order of sums, not to the bit")
                 return _load(setup, saved), told
         if setup.batcher.rank == 0:
             files.set_aside(place, step)
@@ -104,22 +104,11 @@ def described(job: Job) -> dict[str, Any]:
 
 
 def _check_same_job(job: Job, state: dict[str, Any], where: str) -> None:
-    now, then = (dict(_leaves(about)) for about in (described(job), state["job"]))
-    changed = [f"{key}: {then.get(key)} then, {now.get(key)} now" for key in sorted({*now, *then})
-               if now.get(key) != then.get(key)]  # fmt: skip
-    if changed:
+    if changed := differences(state["job"], described(job)):
         raise ConfigError(
             f"Checkpoint is of another job (path={where}; {'; '.join(changed)}). Expected the same settings, model and "
             "rows. Put back what was changed, or set if_exists=new to start anew beside it."
         )
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}" if path else key)
-    else:
-        yield path, value
 
 
 def split_of(setup: Setup) -> dict[str, Any]:
@@ -129,13 +118,6 @@ def split_of(setup: Setup) -> dict[str, Any]:
         "workers": setup.batcher.world, "train.zero_stage": train.zero_stage,
         "train.micro_batch_size": train.micro_batch_size, "train.packing": train.packing,
     }  # fmt: skip
-
-
-def _changed_split(setup: Setup, state: dict[str, Any]) -> str:
-    now = split_of(setup)
-    return ", ".join(
-        f"{key} {state['split'][key]} then, {now[key]} now" for key in now if now[key] != state["split"][key]
-    )
 
 
 def _load(setup: Setup, saved: "_Saved") -> Course:

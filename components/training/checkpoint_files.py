@@ -4,7 +4,6 @@ A folder counts by its `manifest.json` alone, which is written last and names ev
 tensors in it. The ranks' files bear a mark of their attempt, so that what a dead one left is never mixed in.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -20,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from components.data.locations import is_remote, open_store
 from components.errors import StorageError
-from components.files import free_bytes, refused
+from components.files import free_bytes, refused, sha256, write_whole
 
 MANIFEST, DAMAGED = "manifest.json", "manifest.damaged.json"
 
@@ -77,7 +76,7 @@ def write(place: Place, step: int, name: str, make: Callable[[Path], None], need
     with _local(place, step, name, needed) as file:
         make(file)
         _sync(file)
-        about = {"size": file.stat().st_size, "sha256": _sha256(file)}
+        about = {"size": file.stat().st_size, "sha256": sha256(file)}
         if place.remote:
             place.store.put_file(str(file), place.path(step, name))
     return about
@@ -92,13 +91,7 @@ def free_for(place: Place) -> int:
 def write_text(place: Place, step: int, name: str, text: str) -> dict[str, Any]:
     """`write` for a text: readers meet all of it or nothing."""
 
-    def make(file: Path) -> None:
-        partial = file.with_name(f"{name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        _sync(partial)
-        os.replace(partial, file)
-
-    about = write(place, step, name, make, len(text))
+    about = write(place, step, name, lambda file: write_whole(file, text), len(text))
     if not place.remote:
         _sync(Path(place.path(step)))
     return about
@@ -135,7 +128,7 @@ def fetch(place: Place, step: int, name: str, about: dict[str, Any], into: Path)
         raise Damaged(f"{name} is missing") from error
     if size != about["size"]:
         raise Damaged(f"{name} has {size:,} bytes instead of {about['size']:,}")
-    if _sha256(file) != about["sha256"]:
+    if sha256(file) != about["sha256"]:
         raise Damaged(f"{name} has another sha256 than when it was written")
     return file
 
@@ -223,11 +216,6 @@ def _local(place: Place, step: int, name: str, needed: int) -> Iterator[Path]:
             with suppress(OSError):
                 file.unlink()
             raise refused("Checkpoint", place.url, error, needed) from error
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

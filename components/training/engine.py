@@ -163,11 +163,7 @@ def visit_gradients(engine: Any, visit: Callable[[nn.Parameter], None], what: st
     Raises:
         BadNumbers: on all ranks alike when the gradient is not finite; nothing is visited then.
     """
-    try:
-        yield
-    except BadNumbers:
-        discard_gradients(engine)
-        raise
+    yield
     norm = _visit(engine, visit)
     _check_norm(norm, what)
 

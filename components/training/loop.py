@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from components.errors import BadNumbers, TrainingError
-from components.files import whole_folder, write_whole, writing
+from components.files import append_line, read_lines, whole_folder, write_whole, writing
 from components.models import check_packing, hidden_size, load_model, quiet_libraries
 from components.objectives.weights import first_learnt
 from components.optimizers.choose import make_optimizer
@@ -87,8 +87,8 @@ def train_loop(
                     "perf/tokens_per_second": tokens / seconds, "perf/step_seconds": seconds,
                     "perf/memory_gib": memory / 2**30,
                 }  # fmt: skip
-                with writing("Metrics", job.metrics), open(job.metrics, "a", encoding="utf-8") as stream:
-                    stream.write(json.dumps(line) + "\n")
+                with writing("Metrics", job.metrics):
+                    append_line(Path(job.metrics), line)
             just_in_time = False
             if look and notice is not None:
                 looked = time.perf_counter()
@@ -210,8 +210,8 @@ def _ended(setup: Setup, course: Course, seconds: float, stopped: bool) -> dict[
 
 
 def _keep_lines(metrics: Path, steps: int) -> None:
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
-    write_whole(metrics, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps))
+    kept = [line for line in read_lines(metrics) if line["step"] <= steps]
+    write_whole(metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _memory_at_start(device: torch.device) -> float:

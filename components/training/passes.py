@@ -9,7 +9,7 @@ from torch import Tensor
 from components.data.streams import StepRows
 from components.errors import BadNumbers
 from components.training.batches import Batcher, MicroBatch, to_device
-from components.training.engine import Outputs, backward
+from components.training.engine import Outputs, backward, discard_gradients
 from components.training.job import Job
 
 
@@ -71,7 +71,8 @@ def sum_over_ranks(sums: dict[str, Tensor], setup: Setup, step: Step) -> dict[st
     """The numbers added up over the ranks. Every rank has the same names in the same order: one all-reduce serves all.
 
     Raises:
-        BadNumbers: on all ranks alike, naming step, numbers and ranks, when some are not finite.
+        BadNumbers: on all ranks alike, naming step, numbers and ranks, when some are not finite; the gradients are
+            gone then.
     """
     mine = torch.stack([value.double() for value in sums.values()])
     values = mine.clone()
@@ -81,6 +82,7 @@ def sum_over_ranks(sums: dict[str, Tensor], setup: Setup, step: Step) -> dict[st
         every = [torch.empty_like(mine) for _ in range(setup.batcher.world)]
         torch.distributed.all_gather(every, mine)
         ranks = [rank for rank, theirs in enumerate(every) if not torch.isfinite(theirs).all()]
+        discard_gradients(setup.engine)
         error = BadNumbers(
             f"Loss is not finite at step {step.number + 1} ({', '.join(bad)}; on rank "
             f"{', '.join(map(str, ranks)) or 'none'}). No parameter was changed by this step. Lower optimizer.lr or "

@@ -17,7 +17,7 @@ from components.training.batches import MicroBatch
 from components.training.checkpoint import Course
 from components.training.checkpoint_files import Place, steps_kept
 from components.training.curvature import refresh_curvature
-from components.training.engine import Outputs, discard_gradients, optimizer_step
+from components.training.engine import Outputs, optimizer_step
 from components.training.gradients import measure
 from components.training.job import Job, note
 from components.training.losses import combined
@@ -131,7 +131,7 @@ def objective_backward(setup: Setup, step: Step, weights: dict[str, float]) -> t
     """(what to log, input tokens), over all ranks, with the gradients of the objective left in the engine.
 
     Raises:
-        TrainingError: on all ranks alike when a term is not finite.
+        BadNumbers: on all ranks alike when a term is not finite.
     """
     sums: dict[str, Tensor] = {}
     of_terms = combined(setup, step, weights)
@@ -143,11 +143,7 @@ def objective_backward(setup: Setup, step: Step, weights: dict[str, float]) -> t
         return value
 
     tokens = accumulate(setup, step, setup.job.objective.groups(), loss, what=None)
-    try:
-        totals = sum_over_ranks({**sums, "tokens": torch.tensor(float(tokens), device=setup.device)}, setup, step)
-    except BadNumbers:
-        discard_gradients(setup.engine)
-        raise
+    totals = sum_over_ranks({**sums, "tokens": torch.tensor(float(tokens), device=setup.device)}, setup, step)
     return totals, totals.pop("tokens")
 
 
