@@ -14,15 +14,23 @@ from components.config import Files, Recipe
 from components.errors import ConfigError
 
 
-def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Recipe:
-    """Merge `files` left to right, then `overrides`, and validate.
+def load_recipe(
+    files: Sequence[str | Path], overrides: Sequence[str] = (), suites: Sequence[str | Path] = ()
+) -> Recipe:
+    """Merge `suites`, then `files` left to right, then `overrides`, and validate.
+
+    Of a suite under a recipe, only what is measured counts; by itself it is a recipe of its own.
 
     Raises:
         ConfigError: naming every unknown file, malformed override and wrong setting.
     """
-    if not files:
+    if not files and not suites:
         raise ConfigError("No recipe given. Expected a YAML file, such as pipelines/recipes/demo.yaml.")
     raw: dict[str, Any] = {}
+    for suite in suites:
+        raw = merge(raw, _read_yaml(Path(suite)))
+    if files:
+        raw = {key: value for key, value in raw.items() if key in ("evaluation", "attacks")}
     for file in files:
         raw = merge(raw, _read_yaml(Path(file)))
     changes: dict[str, Any] = {}

@@ -197,6 +197,26 @@ def load_model(folder: Path, dtype: str = "fp32") -> Any:
     return model
 
 
+def load_classifier(folder: Path) -> tuple[Any, Any]:
+    """(sequence classifier in evaluation mode, its tokenizer).
+
+    Raises:
+        ModelError: when it cannot be loaded from safetensors.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+        return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"Classifier cannot be loaded (path={folder}): {str(error)[:300]}. Expected a sequence classifier in "
+            "safetensors with its tokenizer."
+        ) from error
+
+
 def check_packing(model: Any, folder: Path) -> None:
     """Refuse a model whose sequences see each other when they share a row.
 

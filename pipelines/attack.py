@@ -9,17 +9,19 @@ retain-only models, and the folders given, else the recipe's own run. What is sc
 import functools
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from components.config import Nll, Objective, Recipe, Relearn, digest
 from components.console import number, table
 from components.data.prepare import Prepared, prepare
 from components.data.rows import PreparedRows
+from components.data.streams import draw
 from components.errors import ConfigError
-from components.evaluation.attacks import part_left_out, prefixed, quantise
+from components.evaluation.attacks import part_left_out, prefixed, quantise, shots_prefix
 from components.evaluation.evaluate import evaluate_records
 from components.models import context_length, fingerprint, load_tokenizer, tokenizer_facts
 from components.training.job import Job
@@ -46,6 +48,9 @@ def run(command: Command) -> None:
         for name, prefix in recipe.attacks.prefixes.items():
             pushed = {"forget": _prefixed_questions(recipe, models["original"], prefix)}
             rows[f"prompt: {name}"] = [_score(recipe, model, pushed) for model in models.values()]
+        if recipe.attacks.shots:
+            asked, told = _asked_after_examples(recipe, models["original"], questions["forget"])
+            rows[f"{recipe.attacks.shots} examples"] = [_score(recipe, m, asked, told) for m in models.values()]
         for bits in recipe.attacks.bits:
             rows[f"{bits}-bit weights"] = [_changed(recipe, m, questions, _quantised(bits)) for m in models.values()]
         relearn = recipe.attacks.relearn
@@ -67,9 +72,20 @@ def plan(command: Command) -> str:
     return f"\nPlan: prompts {', '.join(attacks.prefixes) or 'none'}; bits {attacks.bits}; {relearned}"
 
 
-def _score(recipe: Recipe, model: Model, questions: dict[str, Prepared]) -> dict[str, float]:
-    only_forget = recipe.evaluation.model_copy(update={"utility": []})
-    return evaluate_records(score_model(recipe, model, questions), None, only_forget).values
+def _score(recipe: Recipe, model: Model, questions: dict[str, Prepared], told: Sequence[str] = ()) -> dict[str, float]:
+    """Metrics of the forget set, without the questions that end with one of `told`."""
+    evaluation = recipe.evaluation.model_copy(update={"utility": [], "metrics": [f"forget_{m}" for m in _SHOWN]})
+    records = score_model(recipe.model_copy(update={"evaluation": evaluation}), model, questions)
+    kept = [not question.endswith(tuple(told)) for question in records["question"].to_pylist()]
+    return evaluate_records(records.filter(pa.array(kept)), None, evaluation).values
+
+
+def _asked_after_examples(recipe: Recipe, model: Model, forget: Prepared) -> tuple[dict[str, Prepared], list[str]]:
+    """(the forget questions with the same few of them, answered, in front; those few)."""
+    rows = PreparedRows(forget.folder).table().select(["question", "answer"]).to_pylist()
+    chosen = [rows[i] for i in draw(recipe.seed, "shots", 0).permutation(len(rows))[: recipe.attacks.shots]]
+    prefix = shots_prefix([(row["question"], row["answer"]) for row in chosen], recipe.data)
+    return {"forget": _prefixed_questions(recipe, model, prefix)}, [row["question"] for row in chosen]
 
 
 def _prefixed_questions(recipe: Recipe, model: Model, prefix: str) -> Prepared:

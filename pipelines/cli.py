@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from components.config import Recipe
+from components.config import Recipe, run_name
 from components.console import progress_line
 from components.errors import ClusterError, ConfigError, Stopped, own_error
 from components.files import refused
@@ -26,6 +26,8 @@ class Command(NamedTuple):
     recipe: Recipe
     models: list[str]
     """Further arguments: model folders (evaluate.py)."""
+    run: str
+    """Name of the recipe's own run; suites do not change it."""
     show: int = 0
     """Rows of each set to show (prepare.py)."""
 
@@ -44,7 +46,7 @@ def run_cli(
     Returns the exit code: 0, 1 when the run failed, 2 when the command or recipe is wrong.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = "RECIPE.yaml, section.field=value" + (", model folders" if takes_models else "")
+    what = "RECIPE.yaml, section.field=value" + (", models, suite=NAME" if takes_models else "")
     parser.add_argument("arguments", nargs="*", metavar="ARGUMENT", help=f"{what}; later ones win")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the plan, then stop")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -97,20 +99,30 @@ def _sigterm_stops() -> None:
 
 
 def parse_arguments(arguments: Sequence[str], takes_models: bool = False) -> Command:
-    """Recipes, overrides and, where they are taken, model folders → a command.
+    """Recipes, overrides and, where they are taken, model folders and suites → a command.
+
+    Without a recipe, the first model is the suite's original.
 
     Raises:
         ConfigError: naming every mistake in the recipe, or the arguments that are none of these.
     """
     files = [a for a in arguments if a.endswith((".yaml", ".yml")) and "=" not in a]
-    overrides = [a for a in arguments if "=" in a]
-    models = [a for a in arguments if a not in files and a not in overrides]
+    suites = [a for a in arguments if a.startswith("suite=") and takes_models]
+    overrides = [a for a in arguments if "=" in a and a not in suites]
+    models = [a for a in arguments if a not in files and "=" not in a]
     if models and not takes_models:
         raise ConfigError(
             f"Argument not understood ({' '.join(models)}). Expected recipes (*.yaml) and overrides "
             "(section.field=value)."
         )
-    return Command(load_recipe(files, overrides), models)
+    if suites and not files and models:
+        overrides.insert(0, f"models.original={json.dumps({'type': 'pretrained', 'path': models.pop(0)})}")
+    recipe = load_recipe(files, overrides, [_SUITES / f"{suite.removeprefix('suite=')}.yaml" for suite in suites])
+    own = load_recipe(files, overrides) if files and suites else recipe
+    return Command(recipe, models, run_name(own))
+
+
+_SUITES = Path(__file__).with_name("suites")
 
 
 def _paragraph(error: Exception) -> str:

@@ -1,22 +1,27 @@
-"""Evaluate and compare models on the recipe's question sets.
+"""Evaluate and compare models on the recipe's question sets, or on those of a suite.
 
-    python pipelines/evaluate.py pipelines/recipes/demo.yaml [MODEL ...] [section.field=value ...] [--dry-run]
+    python pipelines/evaluate.py pipelines/recipes/demo.yaml [MODEL ...] [suite=NAME] [section.field=value ...]
+    python pipelines/evaluate.py ORIGINAL [MODEL ...] suite=tofu [section.field=value ...] [--dry-run]
 
 Original and retain-only models of the recipe come first, then those given: folders, hub ids, or registered ones as
-models:/<name>@<alias>. What is already scored is not scored again.
+models:/<name>@<alias>. A suite (pipelines/suites/) says what is measured; one with questions of its own needs no
+recipe. What is already scored is not scored again.
 """
 
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
-from components.config import Pretrained, Recipe, run_name
+from components.config import Pretrained, Recipe
 from components.data.prepare import Prepared, prepare
 from components.errors import ConfigError, ModelError
-from components.evaluation.evaluate import Reference, evaluate_records, reference_of
+from components.evaluation.evaluate import Evaluated, Reference, compared, evaluate_records, reference_of
 from components.evaluation.exchange import read_reference
-from components.evaluation.report import metrics_table
+from components.evaluation.general import general_ability
+from components.evaluation.judge import judged
+from components.evaluation.report import changes_table, metrics_table
 from components.evaluation.scoring import score
 from components.models import fingerprint, load_tokenizer, local_folder, tokenizer_facts
 from components.tracking import registry
@@ -36,17 +41,23 @@ def run(command: Command) -> None:
     with ray_session():
         models = compared_models(recipe, given)
         sets = prepare_questions(recipe, models["original"])
-        records = {name: score_model(recipe, model, sets) for name, model in models.items()}
+        records: dict[str, pa.Table] = {}
+        for name, model in models.items():  # the original comes first
+            records[name] = score_model(recipe, model, sets, records.get("original"))
     reference = retain_reference(recipe, records.get("retain-only"))
-    evaluated = {name: evaluate_records(r, reference, recipe.evaluation) for name, r in records.items()}
+    evaluated = {name: evaluate_model(recipe, models[name], r, reference) for name, r in records.items()}
     say(metrics_table({name: found.values for name, found in evaluated.items()}))
+    changes = {name: compared(found, evaluated["original"]) for name, found in evaluated.items() if name != "original"}
+    if changes:
+        say("\nminus original, with the 95 % interval of the difference on the same rows")
+        say(changes_table(changes))
     for name, why in {n: why for found in evaluated.values() for n, why in found.missing.items()}.items():
         say(f"not computed: {name} {why}")
 
 
 def plan(command: Command) -> str:
     """What would be scored, for --dry-run."""
-    models = ["original", "retain-only", *(command.models or _own_result(command.recipe))]
+    models = ["original", "retain-only", *(command.models or _own_result(command))]
     return f"\nPlan: models {', '.join(models)}; sets {', '.join(command.recipe.evaluation.sets)}"
 
 
@@ -60,7 +71,7 @@ def given_models(command: Command) -> list[Path]:
             return registry.fetch(make_client(tracking_uri(recipe.tracking, storage)), path, storage / "registered")
         return local_folder(Pretrained(type="pretrained", path=path), storage)
 
-    return [folder(path) for path in command.models or _own_result(recipe)]
+    return [folder(path) for path in command.models or _own_result(command)]
 
 
 def compared_models(recipe: Recipe, given: list[Path]) -> dict[str, Model]:
@@ -97,9 +108,9 @@ def check_same_tokens(models: list[Model]) -> None:
     Raises:
         ModelError: naming the two folders.
     """
-    first = tokenizer_facts(load_tokenizer(models[0].folder))
-    for model in models[1:]:
-        if tokenizer_facts(load_tokenizer(model.folder)) != first:
+    facts = [tokenizer_facts(load_tokenizer(model.folder)) for model in models]
+    for model, its in zip(models, facts, strict=True):
+        if its != facts[0]:
             raise ModelError(
                 f"Models have different tokenizers (path={model.folder}, other={models[0].folder}). Expected the "
                 "same one, so that their probabilities are of the same tokens."
@@ -113,13 +124,36 @@ def retain_reference(recipe: Recipe, records: pa.Table | None) -> Reference | No
     return read_reference(Path(recipe.evaluation.retain_log).expanduser()) if recipe.evaluation.retain_log else None
 
 
-def score_model(recipe: Recipe, model: Model, sets: dict[str, Prepared]) -> pa.Table:
-    """Records of one model; found again when it was scored before."""
-    return score(model.folder, model.hash, sets, recipe.evaluation, recipe.train, storage_folder(recipe))
+def score_model(recipe: Recipe, model: Model, sets: dict[str, Prepared], original: pa.Table | None = None) -> pa.Table:
+    """Records of one model, with what the judge and the reference model say; found again when it was scored before.
+
+    `original` are the original model's records, where these are of another one.
+    """
+    evaluation, storage = recipe.evaluation, storage_folder(recipe)
+    records = score(model.folder, model.hash, sets, evaluation, recipe.train, storage)
+    records = records.append_column("original_generated", (records if original is None else original)["generated"])
+    if evaluation.reference:
+        folder = local_folder(evaluation.reference, storage)
+        reference = Model(folder, fingerprint(folder))
+        check_same_tokens([model, reference])
+        plain = evaluation.model_copy(update={"metrics": [], "gradient_norms": False})
+        said = score(folder, reference.hash, sets, plain, recipe.train, storage)["logp"].to_pylist()
+        records = records.append_column("reference_loss", pa.array([-float(np.mean(logp[0])) for logp in said]))
+    if evaluation.judge and records["generated"].null_count == 0:
+        records = judged(records, evaluation.judge, recipe.train, storage)
+    return records
 
 
-def _own_result(recipe: Recipe) -> list[str]:
-    folder = storage_folder(recipe) / run_name(recipe) / "model"
+def evaluate_model(recipe: Recipe, model: Model, records: pa.Table, reference: Reference | None) -> Evaluated:
+    """All metrics of a model, lm-eval's tasks included."""
+    found = evaluate_records(records, reference, recipe.evaluation)
+    if config := recipe.evaluation.lm_eval:
+        found.values.update(general_ability(model.folder, model.hash, config, storage_folder(recipe)))
+    return found
+
+
+def _own_result(command: Command) -> list[str]:
+    folder = storage_folder(command.recipe) / command.run / "model"
     return [str(folder)] if folder.is_dir() else []
 
 

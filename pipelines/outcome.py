@@ -53,7 +53,7 @@ def write_files(outcome: Outcome) -> None:
         folder / "report.html", title, outcome.facts, outcome.evaluated, outcome.records, lines, outcome.samples,
         gate_cells(outcome.gates),
     )  # fmt: skip
-    everything = {name: evaluated._asdict() for name, evaluated in outcome.evaluated.items()}
+    everything = {name: evaluated.as_json() for name, evaluated in outcome.evaluated.items()}
     write_whole(folder / "metrics.json", json.dumps(everything, indent=2))
     if "real_authors" in outcome.recipe.evaluation.sets and "unlearned" in outcome.evaluated:
         log, summary = open_unlearning_log(outcome.evaluated["unlearned"], outcome.records["unlearned"].to_pylist())

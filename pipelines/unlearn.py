@@ -22,7 +22,7 @@ import pyarrow as pa
 from components.config import Recipe, config_hash, registered_name, run_name
 from components.console import duration
 from components.data.prepare import Prepared
-from components.evaluation.evaluate import Evaluated, Reference, evaluate_records
+from components.evaluation.evaluate import Evaluated, Reference
 from components.evaluation.report import Sample, telling_samples
 from components.files import only_one, read_lines, write_whole, writing
 from components.models import fingerprint, load_tokenizer, parameter_count, tokenizer_facts
@@ -35,7 +35,7 @@ from components.training.job import Job
 from components.training.launch import run_job
 from components.training.reference import needs, reference_pass
 from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
-from pipelines.evaluate import check_same_tokens, prepare_questions, retain_reference, score_model
+from pipelines.evaluate import check_same_tokens, evaluate_model, prepare_questions, retain_reference, score_model
 from pipelines.finetune import (
     Model,
     check_cluster_for,
@@ -200,12 +200,13 @@ def run_tags(recipe: Recipe, original: Model, streams: Streams) -> dict[str, str
 def _evaluate_before(recipe: Recipe, original: Model, retain_only: Model | None) -> Before:
     """Score the original and the retain-only model on the recipe's questions."""
     questions = prepare_questions(recipe, original)
-    records = {"original": score_model(recipe, original, questions)} if questions else {}
-    if questions and retain_only:
-        check_same_tokens([original, retain_only])
-        records["retain-only"] = score_model(recipe, retain_only, questions)
+    models = {"original": original, **({"retain-only": retain_only} if retain_only else {})} if questions else {}
+    check_same_tokens(list(models.values()))
+    records: dict[str, pa.Table] = {}
+    for name, model in models.items():  # the original comes first
+        records[name] = score_model(recipe, model, questions, records.get("original"))
     reference = retain_reference(recipe, records.get("retain-only"))
-    evaluated = {name: evaluate_records(table, reference, recipe.evaluation) for name, table in records.items()}
+    evaluated = {name: evaluate_model(recipe, models[name], table, reference) for name, table in records.items()}
     if evaluated:
         say("baseline     " + ", ".join(_headline(name, found.values) for name, found in evaluated.items()))
     return Before(questions, records, reference, evaluated)
@@ -221,8 +222,8 @@ def _judge(
     samples: dict[str, list[Sample]] = {}
     records, evaluated = dict(before.records), dict(before.evaluated)
     if before.questions:
-        after = records["unlearned"] = score_model(recipe, model, before.questions)
-        evaluated["unlearned"] = evaluate_records(after, before.reference, recipe.evaluation)
+        after = records["unlearned"] = score_model(recipe, model, before.questions, records["original"])
+        evaluated["unlearned"] = evaluate_model(recipe, model, after, before.reference)
         samples = {name: telling_samples(records["original"], after, name) for name in before.questions}
     values = {name: found.values for name, found in evaluated.items()}
     unlearned = values.get("unlearned", {})

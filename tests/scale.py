@@ -70,7 +70,7 @@ def prepare(recipe: Path) -> tuple[str, float, dict[str, list[int]]]:
             named = [(_name(process), process) for process in driver.children(recursive=True)]
             for task in ("read_chunks", "tokenise_chunk"):
                 memory[task].append(max((_private(process) for name, process in named if task in name), default=0))
-            time.sleep(0.5)
+            time.sleep(0.2)
         assert run.stdout is not None
         output = run.stdout.read()
     assert run.returncode == 0, output

@@ -8,6 +8,7 @@ import yaml
 from components.config import AdamW, Data, Soul, config_hash, run_name
 from components.errors import ConfigError
 from components.load_config import load_recipe, merge, parse_override
+from pipelines.cli import parse_arguments
 from pipelines.compare import cells_of
 from pipelines.compare import main as compare
 
@@ -148,8 +149,9 @@ def test_the_readmes_commands_are_accepted() -> None:
     assert len(commands) >= 8
     for _, pipeline, *arguments in commands:
         assert (ROOT / pipeline).exists()
-        recipes = [str(ROOT / argument) for argument in arguments if argument.endswith(".yaml")]
-        assert load_recipe(recipes, [argument for argument in arguments if "=" in argument])
+        given = [str(ROOT / argument) if argument.endswith(".yaml") else argument for argument in arguments]
+        chosen = [argument for argument in given if ".yaml" in argument or "=" in argument]
+        assert parse_arguments(chosen, takes_models="evaluate" in pipeline).recipe
 
 
 @pytest.mark.parametrize(

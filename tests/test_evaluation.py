@@ -2,6 +2,7 @@ import json
 import math
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,10 +12,18 @@ from scipy.stats import hmean
 
 from components.config import Data, Evaluation, Train
 from components.data.prepare import Prepared, prepare
+from components.data.rows import PreparedRows
 from components.errors import DataError
 from components.evaluation import evaluate
 from components.evaluation import metrics as rows_
-from components.evaluation.evaluate import better, evaluate_records, forget_quality, harmonic_mean, reference_of
+from components.evaluation.evaluate import (
+    better,
+    compared,
+    evaluate_records,
+    forget_quality,
+    harmonic_mean,
+    reference_of,
+)
 from components.evaluation.exchange import open_unlearning_log, read_reference
 from components.evaluation.membership import ATTACKS, auc, min_k_plus_plus, privleak
 from components.evaluation.metrics import (
@@ -26,8 +35,9 @@ from components.evaluation.metrics import (
     rouge_recall,
 )
 from components.evaluation.report import metrics_table, telling_samples, write_model_card, write_report
-from components.evaluation.scoring import score
-from components.models import fingerprint, load_tokenizer, tokenizer_facts
+from components.evaluation.scoring import Asked, Scorer, score
+from components.evaluation.shared_prompt import fits, parts, side_by_side
+from components.models import fingerprint, load_model, load_tokenizer, tokenizer_facts
 from tests.conftest import people
 
 ROW = {"logp": [[math.log(0.5), math.log(0.5)], [math.log(0.25)], [math.log(0.1)], [math.log(0.4)] * 3],
@@ -52,6 +62,15 @@ def test_row_metrics_in_closed_form() -> None:
     assert rows_.unique_words({"generated": ""}) == rows_.bleu({"answer": "a", "generated": ""}) == 0
     same = "one two three four five"
     assert rows_.bleu({"answer": same, "generated": same}) == pytest.approx(1)
+    assert rows_.leak({"answer": same, "generated": same}) == 1
+    assert rows_.leak({"answer": same, "generated": "nothing like it"}) == 0
+    assert rows_.choice(ROW) == 1
+    assert rows_.choice({**ROW, "logp": [[math.log(0.1)], [0.0], [math.log(0.2)]]}) == 0
+    assert rows_.sampled_rouge({"answer": "the red fox", "sampled": ["a dog", "the red cat"]}) == pytest.approx(2 / 3)
+    assert rows_.similarity({"generated": "a b c d", "original_generated": "a b"}) == pytest.approx(2 / 3)
+    assert rows_.similarity({"generated": "", "original_generated": ""}) == 1
+    assert rows_.refusal({"generated": "I’m sorry, but no."}) == 1
+    assert rows_.refusal({"generated": "Paris."}) == 0
 
 
 @pytest.mark.parametrize(
@@ -72,9 +91,10 @@ def test_memorisation_counts_tokens(hits: list[bool], memorized: float, strength
 
 def test_attacks_in_closed_form() -> None:
     row = {**ROW, "logp": [[-1.0, -5.0, -2.0, -9.0]], "mean": [-2.0] * 4, "variance": [1.0, 9.0, 4.0, 1.0]}
-    assert ATTACKS["loss"](row) == pytest.approx(17 / 4)
-    assert ATTACKS["zlib"](row) == pytest.approx(17 / 4 / len(zlib.compress(b"the red fox")))
-    assert ATTACKS["min_k"](row) == pytest.approx(5)  # 40 % of three tokens is one
+    assert ATTACKS["loss"].of(row) == pytest.approx(17 / 4)
+    assert ATTACKS["zlib"].of(row) == pytest.approx(17 / 4 / len(zlib.compress(b"the red fox")))
+    assert ATTACKS["reference"].of({**row, "reference_loss": 4.0}) == pytest.approx(1 / 4)
+    assert ATTACKS["min_k"].of(row) == pytest.approx(5)  # 40 % of three tokens is one
     assert min_k_plus_plus(row) == pytest.approx(1)  # (-5 + 2) / 3
     assert auc([1, 2, 2], [2, 3]) == pytest.approx(roc_auc([1, 2, 2], [2, 3])) == pytest.approx(5 / 6)
     assert privleak(0.9, 0.5) == pytest.approx(-80)
@@ -136,25 +156,86 @@ def records(base: Path, questions: dict[str, Prepared], evaluation: Evaluation, 
     return score(base, fingerprint(base), questions, evaluation, Train(workers=0), storage)
 
 
-def test_scores_equal_a_plain_forward_of_each_pair(records: pa.Table, base: Path) -> None:
+def test_scores_equal_a_plain_forward_of_each_pair(records: pa.Table, questions: Any, base: Path) -> None:
+    """Right, paraphrased and wrong answers alike: sharing a row with others changes nothing."""
     from transformers import AutoModelForCausalLM
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base).double(), load_tokenizer(base)
     assert records.num_rows == 15 + 20 + 10 + 10
-    for row in records.to_pylist()[::6]:
-        head = tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
-        tail = [*tokenizer(f" {row['answer']}").input_ids, tokenizer.eos_token_id]
-        with torch.no_grad():
-            logp = torch.log_softmax(model(torch.tensor([head + tail])).logits[0], -1)
-        said = logp[len(head) - 1 : len(head) - 1 + len(tail)]
-        expected = [said[i, token].item() for i, token in enumerate(tail)]
-        assert row["logp"][0] == pytest.approx(expected, abs=1e-4)
+    asked = [row for p in questions.values() for row in PreparedRows(p.folder).table().to_pylist()]
+    for row, source in list(zip(records.to_pylist(), asked, strict=True))[::6]:
+        head = source["input_ids"]
+        assert head == tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
+        assert source["answers"][0] == [*tokenizer(f" {row['answer']}").input_ids, tokenizer.eos_token_id]
+        assert len(row["logp"]) == len(source["answers"]) > 3
+        for found, tail in reversed(list(zip(row["logp"], source["answers"], strict=True))):
+            with torch.no_grad():
+                logp = torch.log_softmax(model(torch.tensor([head + tail])).logits[0], -1)
+            said = logp[len(head) - 1 : len(head) - 1 + len(tail)]
+            assert found == pytest.approx([said[i, token].item() for i, token in enumerate(tail)], abs=1e-4)
         assert row["hit"] == [said[i].argmax().item() == token for i, token in enumerate(tail)]
         mean = (said.exp() * said).sum(-1)
         assert row["mean"] == pytest.approx(mean.tolist(), abs=1e-4)
         assert row["variance"] == pytest.approx(((said.exp() * said**2).sum(-1) - mean**2).tolist(), abs=1e-3)
         greedy = model.generate(torch.tensor([head]), max_new_tokens=12, do_sample=False)[0, len(head) :]
         assert row["generated"] == tokenizer.decode(greedy, skip_special_tokens=True).strip()
+
+
+def test_a_row_of_several_answers() -> None:
+    row = side_by_side([5, 6], [[7, 8, 9], [4]])
+    assert row.ids == [5, 6, 7, 8]
+    assert row.positions == [0, 1, 2, 3]
+    assert row.branch == [0, 0, 1, 1]
+    assert row.places == [[1, 2, 3], [1]]
+    assert fits(row, window=4)
+    assert not fits(row, window=3)
+    long = side_by_side([1] * 3000, [[2] * 500])
+    assert [len(part) for part in parts([row, row, long, long, row])] == [2, 2, 1]
+
+
+def test_a_model_that_cannot_share_is_asked_answer_by_answer(
+    records: pa.Table, questions: Any, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose attention takes no mask of this form, found out by trying, gives the same."""
+    rows = PreparedRows(questions["forget"].folder).table().slice(0, 4)
+    scorer = Scorer(str(base), "fp32", Asked(0, 0, 1.0, True))
+    assert scorer.shares_prompts
+    forward, seen = type(scorer.model.base_model).forward, []
+
+    def without_mask(self: Any, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        seen.append(kwargs["input_ids"].shape)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(scorer.model.base_model), "forward", without_mask)
+    other = Scorer(str(base), "fp32", Asked(0, 0, 1.0, False))
+    assert not other.shares_prompts
+    seen.clear()
+    for row, expected in zip(other(rows).to_pylist(), records.to_pylist(), strict=False):
+        assert row["generated"] is None
+        for found, theirs in zip(row["logp"], expected["logp"], strict=True):
+            assert found == pytest.approx(theirs, abs=1e-5)
+    assert [shape[0] for shape in seen] == [28]  # 4 prompts with 7 answers each
+
+
+def test_gradient_norms_are_those_of_plain_autograd(questions: Any, base: Path) -> None:
+    rows = PreparedRows(questions["forget"].folder).table().slice(0, 2)
+    found = Scorer(str(base), "fp32", Asked(0, 0, 1.0, True))(rows)["gradient_norm"].to_pylist()
+    model = load_model(base)
+    for row, norm in zip(rows.to_pylist(), found, strict=True):
+        prompt, answer = row["input_ids"], row["answers"][0]
+        model.zero_grad()
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).backward()
+        expected = np.mean([float(p.grad.norm()) for p in model.parameters()])
+        assert norm == pytest.approx(expected, rel=1e-4)
+
+
+def test_drawn_answers_repeat_and_differ(questions: Any, base: Path) -> None:
+    rows = PreparedRows(questions["forget"].folder).table().slice(0, 3)
+    drawn = [Scorer(str(base), "fp32", Asked(6, 4, 1.0, False))(rows)["sampled"].to_pylist() for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    assert [len(texts) for texts in drawn[0]] == [4, 4, 4]
+    assert len({text for texts in drawn[0] for text in texts}) > 6
 
 
 def test_workers_give_the_same_records(records, base: Path, questions, evaluation: Evaluation, tmp_path: Path) -> None:
@@ -181,13 +262,42 @@ def test_metrics_of_a_model_against_itself(records: pa.Table, evaluation: Evalua
     nine = [metrics[f"{s}_{m}"] for s in ("retain", "general") for m in ("probability", "rouge", "truth_ratio")]
     assert metrics["model_utility"] == (pytest.approx(hmean(nine)) if min(nine) > 0 else 0)
     assert metrics["privleak"] == pytest.approx(0, abs=1e-9)
-    assert found.missing == {}
+    optional = {"mia_reference", "mia_gradient_norm", "harmful", "sampled_rouge", "similarity"}
+    assert set(found.missing) == optional  # each says what it needs
+    assert all(why.startswith("needs ") for why in found.missing.values())
     for name, (low, high) in found.intervals.items():
         assert low <= metrics[name] <= high, name
     alone = evaluate_records(records, None, evaluation)
     assert "forget_quality" not in alone.values
     assert alone.missing["forget_quality"].startswith("needs a retain-only model")
-    assert set(alone.missing) == {"forget_quality", "forget_quality_log10", "privleak"}
+    assert set(alone.missing) == {"forget_quality", "forget_quality_log10", "privleak", *optional}
+
+
+def test_only_what_is_asked_for(base: Path, questions: Any, evaluation: Evaluation, tmp_path: Path) -> None:
+    """Without a metric that reads answers none are generated; what is named and cannot be had is said."""
+    asked = ["*_probability", "forget_perplexity", "mia_reference", "nonsense"]
+    quick = evaluation.model_copy(update={"metrics": asked})
+    table = score(base, fingerprint(base), questions, quick, Train(workers=0), tmp_path)
+    assert table["generated"].null_count == table.num_rows
+    found = evaluate_records(table, None, quick)
+    names = {"forget", "retain", "general", "holdout"}
+    assert set(found.values) == {*(f"{name}_probability" for name in names), "forget_perplexity"}
+    assert found.missing == {"mia_reference": "needs evaluation.reference", "nonsense": "names no metric of these sets"}
+    rows = [row["logp"][0] for row in table.to_pylist() if row["set"] == "forget"]
+    tokens = [value for logp in rows for value in logp]
+    assert found.values["forget_perplexity"] == pytest.approx(math.exp(-np.mean(tokens)))
+
+
+def test_a_difference_is_judged_on_the_same_rows(records: pa.Table, evaluation: Evaluation) -> None:
+    """A model a little worse on every row: the interval of the difference leaves out 0, those of the two overlap."""
+    worse = [{**row, "logp": [[x - 0.01 for x in logp] for logp in row["logp"]]} for row in records.to_pylist()]
+    table = pa.Table.from_pylist(worse, schema=records.schema)
+    one, other = (evaluate_records(t, reference_of(records), evaluation) for t in (table, records))
+    difference, low, high = compared(one, other)["retain_probability"]
+    assert difference == pytest.approx(one.values["retain_probability"] - other.values["retain_probability"])
+    assert low <= difference <= high < 0
+    assert one.intervals["retain_probability"][1] > other.intervals["retain_probability"][0]
+    assert compared(one, one)["model_utility"] == (0, 0, 0)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:

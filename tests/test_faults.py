@@ -106,13 +106,6 @@ def start(job: Job, folder: Path, *arguments: str, **environment: str) -> subpro
     )  # fmt: skip
 
 
-@pytest.fixture
-def cluster_address(ray_cluster: None) -> str:
-    import ray
-
-    return ray.get_runtime_context().gcs_address
-
-
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
@@ -275,14 +268,14 @@ def test_a_read_only_disk_is_named(make_job: Any, tmp_path: Path, small_disk: Pa
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(tmp_path_factory: pytest.TempPathFactory, cluster_address: str) -> Path:
     """The small recipe, trained longer, without evaluation."""
     folder = tmp_path_factory.mktemp("faults")
     train = {**SMALL["train"], "workers": 0, "steps": 150, "checkpoint_every": 20}
     changed = {"train": train, "evaluation": {"sets": {}}, "gates": [], "storage": str(folder / "runs")}
     file = folder / "small.yaml"
     file.write_text(yaml.safe_dump({**SMALL, **changed}))
-    made = command("finetune", str(file))
+    made = command("finetune", str(file), RAY_ADDRESS=cluster_address)
     assert made.returncode == 0, made.stderr
     return file
 
@@ -330,7 +323,9 @@ def the_run(folder: Path) -> Path:
     return found
 
 
-def test_mlflow_that_dies_loses_nothing_and_slows_nothing(recipe: Path, server: Server, tmp_path: Path) -> None:
+def test_mlflow_that_dies_loses_nothing_and_slows_nothing(
+    recipe: Path, server: Server, tmp_path: Path, cluster_address: str
+) -> None:
     """It hangs from step 5 on, is killed at step 60, and started again when the run is over."""
     from mlflow import MlflowClient
 
@@ -340,12 +335,12 @@ def test_mlflow_that_dies_loses_nothing_and_slows_nothing(recipe: Path, server: 
         (storage / "models").symlink_to(recipe.parent / "runs" / "models")
         return [str(recipe), f"storage={storage}", f"tracking.uri={server.uri}"]
 
-    undisturbed = command("unlearn", *arguments("calm"))
+    undisturbed = command("unlearn", *arguments("calm"), RAY_ADDRESS=cluster_address)
     assert undisturbed.returncode == 0, undisturbed.stderr
     typed = arguments("disturbed")
     hung = when(lambda: steps_done(tmp_path / "disturbed") >= 5, lambda: os.killpg(server.process.pid, signal.SIGSTOP))
     killed = when(lambda: hung.is_set() and steps_done(tmp_path / "disturbed") >= 60, server.kill)
-    done = command("unlearn", *typed)
+    done = command("unlearn", *typed, RAY_ADDRESS=cluster_address)
     assert killed.is_set()
     assert done.returncode == 0, done.stderr
     assert "entries wait in" in done.stdout
@@ -416,9 +411,10 @@ def given(recipe: Path, storage: Path, *more: str) -> list[str]:
     return [str(recipe), f"storage={storage}", original, *more]
 
 
-def test_steps_with_bad_numbers_in_a_whole_command(recipe: Path, tmp_path: Path) -> None:
+def test_steps_with_bad_numbers_in_a_whole_command(recipe: Path, tmp_path: Path, cluster_address: str) -> None:
     term = "objective.forget={type: custom, import_path: tests.custom_terms.bad_at_times}"
-    environment = {"PYTHONPATH": str(ROOT), "BAD_STEPS": json.dumps({1: "loss", 4: "gradient"})}
+    bad = json.dumps({1: "loss", 4: "gradient"})
+    environment = {"RAY_ADDRESS": cluster_address, "PYTHONPATH": str(ROOT), "BAD_STEPS": bad}
     more = ["train.steps=8", "train.micro_batch_size=6", "train.checkpoint_every=2", "train.probe={every: 2, rows: 4}"]
     refused = command("unlearn", *given(recipe, tmp_path, term, *more, "train.max_bad_steps=1"), **environment)
     assert refused.returncode == 1
@@ -432,7 +428,9 @@ def test_steps_with_bad_numbers_in_a_whole_command(recipe: Path, tmp_path: Path)
     assert "step 1 left out, 1 of 1 allowed" in report
 
 
-def test_rows_that_changed_under_an_unfinished_run_are_refused(recipe: Path, tmp_path: Path) -> None:
+def test_rows_that_changed_under_an_unfinished_run_are_refused(
+    recipe: Path, tmp_path: Path, cluster_address: str
+) -> None:
     """And `if_exists=new` starts beside it."""
     rows = tmp_path / "rows.jsonl"
     forget = f"data.forget=[{{type: files, path: {rows}, prompt: q, answer: a}}]"
@@ -444,7 +442,7 @@ def test_rows_that_changed_under_an_unfinished_run_are_refused(recipe: Path, tmp
     def stop_midway(*more: str) -> int:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "pipelines" / "unlearn.py"), *typed, *more], stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, env={**os.environ, "RAY_ADDRESS": cluster_address},
         )  # fmt: skip
         before = steps_done(tmp_path / "runs")
         assert when(lambda: steps_done(tmp_path / "runs") > before + 5, process.terminate).wait(120)
@@ -453,7 +451,7 @@ def test_rows_that_changed_under_an_unfinished_run_are_refused(recipe: Path, tmp
     write(8)
     assert stop_midway() == 143
     write(12)
-    refused = command("unlearn", *typed)
+    refused = command("unlearn", *typed, RAY_ADDRESS=cluster_address)
     assert refused.returncode == 2
     assert "Run was begun with other models or rows" in refused.stderr
     assert "forget: " in refused.stderr

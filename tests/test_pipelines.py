@@ -160,9 +160,11 @@ def test_the_same_command_shows_the_finished_run(done, run_folder: Path, recipe:
     assert "Run exists" in refused.stderr
 
 
-def test_a_new_run_finds_models_and_data_and_promotion_is_gated(run_folder: Path, recipe: Path) -> None:
+def test_a_new_run_finds_models_and_data_and_promotion_is_gated(
+    run_folder: Path, recipe: Path, cluster_address: str
+) -> None:
     strict = ["gates=[{metric: retain_probability, min: 2.0}]", "train.workers=0"]
-    other = command("unlearn", str(recipe), *strict)
+    other = command("unlearn", str(recipe), *strict, RAY_ADDRESS=cluster_address)
     assert other.returncode == 0, other.stderr
     assert "original     found in" in other.stdout
     assert "retain_only  found in" in other.stdout
@@ -176,11 +178,11 @@ def test_a_new_run_finds_models_and_data_and_promotion_is_gated(run_folder: Path
     assert "champion: small version 2" in accepted.stdout
 
 
-def test_finetune_and_evaluate_commands(run_folder: Path, recipe: Path) -> None:
-    made = command("finetune", str(recipe))
+def test_finetune_and_evaluate_commands(run_folder: Path, recipe: Path, cluster_address: str) -> None:
+    made = command("finetune", str(recipe), RAY_ADDRESS=cluster_address)
     assert made.returncode == 0, made.stderr
     assert made.stdout.count("found in") == 2
-    table = command("evaluate", str(recipe), str(run_folder / "model"))
+    table = command("evaluate", str(recipe), str(run_folder / "model"), RAY_ADDRESS=cluster_address)
     assert table.returncode == 0, table.stderr
     assert table.stderr == ""
     header = next(line for line in table.stdout.splitlines() if line.startswith("metric"))
@@ -190,23 +192,26 @@ def test_finetune_and_evaluate_commands(run_folder: Path, recipe: Path) -> None:
     assert float(row.split()[-1]) == pytest.approx(stored["forget_probability"], rel=0.01)
 
 
-def test_attacks_on_the_runs_own_model(run_folder: Path, recipe: Path) -> None:
+def test_attacks_on_the_runs_own_model(run_folder: Path, recipe: Path, cluster_address: str) -> None:
     """Relearning all forget rows brings them back; the prompts are tried on every model."""
     relearn = "attacks.relearn={share: 1.0, steps: [30], optimizer: {type: adamw, lr: 0.003}}"
     prompts = "attacks.prefixes={push: 'Say: '}"
-    done = command("attack", str(recipe), "train.workers=0", "attacks.bits=[]", prompts, relearn)
+    more = ["train.workers=0", "attacks.bits=[]", "attacks.shots=3"]
+    done = command("attack", str(recipe), *more, prompts, relearn, RAY_ADDRESS=cluster_address)
     assert done.returncode == 0, done.stderr
     first = done.stdout.split("\nforget ")[1].splitlines()
     assert first[1].split() == ["attack", "original", "retain-only", f"…{run_folder.name[-23:]}"]
     rows = {line[:25].strip(): [float(cell) for cell in line[25:].split()] for line in first[3:]}
-    assert list(rows) == ["none", "prompt: push", "relearn 100%, 30 steps"]
+    assert list(rows) == ["none", "prompt: push", "3 examples", "relearn 100%, 30 steps"]
     stored = json.loads((run_folder / "eval" / "unlearned.json").read_text())
     assert rows["none"][2] == pytest.approx(stored["forget_probability"], rel=0.01)
     assert rows["relearn 100%, 30 steps"][2] > rows["none"][2] + 0.1
     assert not (run_folder.parent / "attacks").exists() or not list((run_folder.parent / "attacks").iterdir())
 
 
-def test_a_run_without_evaluation_or_retain_only_model(run_folder: Path, recipe: Path, tmp_path: Path) -> None:
+def test_a_run_without_evaluation_or_retain_only_model(
+    run_folder: Path, recipe: Path, tmp_path: Path, cluster_address: str
+) -> None:
     """A given original, a Hugging Face folder as forget set, no cache; then the same with changed rows."""
     import datasets
 
@@ -219,13 +224,13 @@ def test_a_run_without_evaluation_or_retain_only_model(run_folder: Path, recipe:
         f"data.forget=[{{type: huggingface, path: {tmp_path / 'forget'}}}]", "gates=[]",
         "train.workers=0", "train.steps=2", "train.packing=true", "data.cache=false",
     ]  # fmt: skip
-    first = command("unlearn", *arguments)
+    first = command("unlearn", *arguments, RAY_ADDRESS=cluster_address)
     assert first.returncode == 0, first.stderr
     assert "data         forget 8, normal 55, random 55 rows" in first.stdout
     assert "(candidate; no gates)" in first.stdout
     assert "is finished already" in command("unlearn", *arguments).stdout
     datasets.Dataset.from_list(rows[:5]).save_to_disk(tmp_path / "forget")
-    changed = command("unlearn", *arguments)
+    changed = command("unlearn", *arguments, RAY_ADDRESS=cluster_address)
     # Without a cache only the first normal rows are read, not those of the second source.
     assert "data         forget 5, normal 55, random 55 rows" in changed.stdout, changed.stderr
     [folder] = [Path(line.split()[1]) for line in changed.stdout.splitlines() if line.startswith("run  ")]
@@ -244,7 +249,7 @@ def no_eos(folder: Path, base: Path) -> str:
 
 
 def test_bad_input_is_one_paragraph_with_an_exit_code(
-    tmp_path: Path, recipe: Path, base: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, recipe: Path, base: Path, capsys: pytest.CaptureFixture, cluster_address: str
 ) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     given = "models.original={type: pretrained, path: %s}"
@@ -268,6 +273,7 @@ def test_bad_input_is_one_paragraph_with_an_exit_code(
         assert len(told.strip().split("\n\n")) == 1
     empty = f"data.forget=[{{type: files, path: {tmp_path}/empty.jsonl}}]"
     for words, given in (("Cluster is too small (train.workers=99", "train.workers=99"), ("Data is empty", empty)):
-        found_later = command("unlearn", str(recipe), f"storage={tmp_path / 'runs'}", given)
+        arguments = [str(recipe), f"storage={tmp_path / 'runs'}", given]
+        found_later = command("unlearn", *arguments, RAY_ADDRESS=cluster_address)
         assert found_later.returncode == 1
         assert words in found_later.stderr

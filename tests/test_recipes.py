@@ -178,10 +178,11 @@ def test_the_command_takes_sets_out_of_s3(bucket: Any, base: Path, tmp_path: Pat
     assert "forget/a.jsonl 0?␤Answer:[" in done.stdout
 
 
-def test_the_command(shared: Path, tmp_path: Path) -> None:
+def test_the_command(shared: Path, tmp_path: Path, cluster_address: str) -> None:
     done = command(
         "prepare", str(RECIPES / "tofu-forget10.yaml"), f"data.folder={shared}", f"storage={tmp_path}",
         f"models.original.path={shared / 'gpt2-tokenizer'}", "--show", "1",
+        RAY_ADDRESS=cluster_address,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "\nforget    400          0         0" in done.stdout

@@ -5,7 +5,7 @@ One schema serves all pipelines, so that one file describes a whole job. A strin
 
 from components.config.attacks import Attacks, Relearn
 from components.config.data import Data, Files, FixedAnswers, HuggingFace, People, PoolSource, Rows, Source, Text
-from components.config.evaluation import Evaluation, EvaluationSet, Gate, Tracking
+from components.config.evaluation import Classifier, Evaluation, EvaluationSet, Gate, Keywords, LmEval, Tracking
 from components.config.faults import Best, Guard, Probe
 from components.config.objective import (
     Balanced,
@@ -68,6 +68,7 @@ __all__ = [
     "Best",
     "BoundedAscent",
     "CeU",
+    "Classifier",
     "Custom",
     "Data",
     "Dpo",
@@ -85,9 +86,11 @@ __all__ = [
     "HuggingFace",
     "Influence",
     "JensenShannon",
+    "Keywords",
     "KlAscent",
     "KlToOriginal",
     "Lion",
+    "LmEval",
     "LogitFlattening",
     "Lora",
     "MaxEntropy",

@@ -27,7 +27,12 @@ class Rows(Section):
     paraphrased_answer: str | None = None
     """Column with a true answer in other words (evaluation only)."""
     perturbed_answer: str | None = None
-    """Column with a list of wrong answers of the same form (evaluation only)."""
+    """Column with a list of wrong answers of the same form, or a single one (evaluation only)."""
+    choices: str | None = None
+    """Column with the options of a multiple choice. `answer` then holds the right one's number, from 0, and the others
+    are the wrong answers."""
+    letters: bool = False
+    """Write the options under the prompt, with letters, and let those be the answers."""
     where: str | None = None
     """Take only records for which this holds, such as `is_safe == false and severity > 1`. Columns stand by name, or
     as `row["a name"]`; the others are counted, not set aside."""
@@ -44,6 +49,14 @@ class Rows(Section):
         if not all(fields):
             raise ValueError("has empty braces; name a column in them")
         return text
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> "Rows":
+        if self.letters and not self.choices:
+            raise ValueError("letters are of options: name their column choices")
+        if self.choices and (self.perturbed_answer or self.paraphrased_answer or self.split_answers or self.dialogue):
+            raise ValueError("choices give right and wrong answers: leave out the other columns of answers")
+        return self
 
     @field_validator("where")
     @classmethod

@@ -85,6 +85,9 @@ def examples(fields: dict[str, Any], source: PoolSource, kind: str) -> list[Exam
         prompt, answer = _dialogue(fields, source.dialogue, source.turns)
         return [Example(prompt, [answer])]
     prompt = "" if kind == "answers" else _prompt(fields, source.prompt)
+    if source.choices:
+        prompt, answers = _choices(prompt, fields, source)
+        return [Example(prompt, answers if kind == "questions" else answers[:1])]
     if kind == "questions":
         return [Example(prompt, _candidates(fields, source))]
     return [Example(prompt, [answer]) for answer in _answers(fields, source)]
@@ -125,10 +128,28 @@ def _candidates(fields: dict[str, Any], source: Any) -> list[str]:
         answers.append(_text(fields, source.paraphrased_answer))
     if source.perturbed_answer:
         wrong = fields.get(source.perturbed_answer)
+        wrong = [wrong] if isinstance(wrong, str) else wrong
         if not isinstance(wrong, list) or not wrong or not all(isinstance(text, str) for text in wrong):
             raise Unusable(f"column {source.perturbed_answer!r} is not a list of texts")
         answers += [_checked(text, source.perturbed_answer) for text in wrong]
     return answers
+
+
+def _choices(prompt: Prompt, fields: dict[str, Any], source: Any) -> tuple[Prompt, list[str]]:
+    """(prompt, right option and then the wrong ones)."""
+    options, right = fields.get(source.choices), fields.get(source.answer)
+    if not isinstance(options, list) or len(options) < 2 or not all(isinstance(text, str) for text in options):
+        raise Unusable(f"column {source.choices!r} is not a list of texts")
+    if not isinstance(right, int) or not 0 <= right < len(options):
+        raise Unusable(f"column {source.answer!r} is not the number of one of {len(options)} options, from 0")
+    options = [_checked(text, source.choices) for text in options]
+    if source.letters:
+        if not isinstance(prompt, str):
+            raise Unusable("options cannot be written under a list of messages")
+        letters = string.ascii_uppercase[: len(options)]
+        prompt = "\n".join([prompt, *(f"{letter}. {text}" for letter, text in zip(letters, options, strict=True))])
+        options = list(letters)
+    return prompt, [options[right], *(text for i, text in enumerate(options) if i != right)]
 
 
 def _prompt(fields: dict[str, Any], column: str) -> Prompt:

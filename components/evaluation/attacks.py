@@ -1,6 +1,7 @@
 """Changes to a model or its prompts that may bring back what was forgotten."""
 
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from components.config import Source, Text
+from components.config import Data, Source, Text
+from components.data.prompts import DEFAULT_TEMPLATE
 from components.data.streams import draw
 from components.files import whole_folder
 from components.models import load_model, load_tokenizer, save_model
@@ -46,6 +48,12 @@ def part_left_out(count: int, share: float, seed: int) -> np.ndarray:
     """Sorted indices of the rows that relearning must not see, of `count`."""
     kept = max(1, round(share * count))
     return np.sort(draw(seed, "relearn", 0).permutation(count)[kept:])
+
+
+def shots_prefix(pairs: Sequence[tuple[str, str]], data: Data) -> str:
+    """What makes a prompt the last of several questions, whose answers stand behind them as `data` writes them."""
+    head, tail = (data.template or DEFAULT_TEMPLATE).split("{prompt}")
+    return "".join(f"{question}{tail}{data.answer_prefix}{answer}\n\n{head}" for question, answer in pairs)
 
 
 def prefixed(source: Source, prefix: str) -> Source:

@@ -1,23 +1,27 @@
 """All metrics of one model from its records, with what they are uncertain by and why some are not there."""
 
+import fnmatch
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from components.config import Evaluation
 from components.errors import DataError
-from components.evaluation.membership import ATTACKS, auc, privleak
+from components.evaluation.membership import ATTACKS, auc, min_k, privleak
 from components.evaluation.metrics import (
+    GENERATED,
+    NEEDS,
     ROW_METRICS,
+    WRONG,
     Row,
     by_set,
+    has,
     log_truth_ratios,
     normalised_probability,
-    wrong_logp,
 )
 
 _RESAMPLES = 1000
@@ -33,6 +37,12 @@ class Evaluated(NamedTuple):
     """95 % bootstrap intervals over rows, for those that have one."""
     missing: dict[str, str]
     """What is not computed, and what it needs."""
+    resampled: dict[str, np.ndarray]
+    """What the intervals are of: the metric on rows drawn with replacement, the same draws for every model."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Values, intervals and what is missing."""
+        return {"values": self.values, "intervals": self.intervals, "missing": self.missing}
 
 
 class Reference(NamedTuple):
@@ -49,51 +59,106 @@ def reference_of(records: pa.Table) -> Reference:
     """From the retain-only model's own records."""
     sets = by_set(records)
     forget, holdout = sets.get("forget", []), sets.get("holdout", [])
-    scores = [[ATTACKS["min_k"](row) for row in rows] for rows in (forget, holdout)]
+    scores = [[min_k(row) for row in rows] for rows in (forget, holdout)]
     return Reference(log_truth_ratios(forget), auc(*scores) if all(scores) else None, [row["row_id"] for row in forget])
 
 
 def evaluate_records(records: pa.Table, reference: Reference | None, evaluation: Evaluation) -> Evaluated:
-    """`<set>_<row metric>` for each set, `forget_quality`, `model_utility`, `mia_<attack>`, `privleak`.
+    """`<set>_<row metric>` and `<set>_perplexity` for each set, `forget_quality`, `model_utility`, `mia_<attack>`,
+    `privleak`: those that `evaluation.metrics` names, as far as the records allow.
 
     Raises:
         DataError: when a metric is not finite, or the retain-only model was asked other questions.
     """
     sets = by_set(records)
-    scores = {name: _row_scores(rows, evaluation.sets[name].normalised) for name, rows in sets.items()}
     draws = {name: _resamples(len(rows), name) for name, rows in sets.items()}
-    values: dict[str, float] = {}
-    intervals: dict[str, tuple[float, float]] = {}
-    missing: dict[str, str] = {}
-    for name, found in scores.items():
-        for metric, numbers in found.items():
-            values[f"{name}_{metric}"] = float(numbers.mean())
-            intervals[f"{name}_{metric}"] = _interval(numbers[draws[name]].mean(axis=1))
-    if evaluation.utility:
+    found = Evaluated({}, {}, {}, {})
+    scores = {name: _row_scores(name, rows, evaluation, found) for name, rows in sets.items()}
+    for name, rows in sets.items():
+        for metric, numbers in scores[name].items():
+            _put(found, f"{name}_{metric}", numbers.mean(), numbers[draws[name]].mean(axis=1))
+        _put(found, f"{name}_perplexity", *_perplexity(rows, draws[name]))
+    if evaluation.utility and wants(evaluation, "model_utility"):
         parts = [(s, m) for s in evaluation.utility for m in _UTILITY if m in scores[s]]
-        values["model_utility"] = float(harmonic_mean(np.array([values[f"{s}_{m}"] for s, m in parts])))
+        whole = harmonic_mean(np.array([found.values[f"{s}_{m}"] for s, m in parts]))
         resampled = np.stack([scores[s][m][draws[s]].mean(axis=1) for s, m in parts])
-        intervals["model_utility"] = _interval(harmonic_mean(resampled))
+        _put(found, "model_utility", whole, harmonic_mean(resampled))
     if "forget" in sets:
         if reference:
             _check_same_rows(sets["forget"], reference)
-        _forget_quality(sets["forget"], reference, values, missing)
-        _membership(sets, reference, draws, values, intervals, missing)
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
+        _forget_quality(sets["forget"], reference, found)
+        _membership(sets, reference, draws, found)
+    bad = [name for name, value in found.values.items() if not math.isfinite(value)]
     if bad:
         raise DataError(f"Metrics are not finite ({', '.join(bad)}). Expected finite log-probabilities in the records.")
-    return Evaluated(values, intervals, missing)
+    return _chosen(found, evaluation.metrics)
 
 
-def _row_scores(rows: Sequence[Row], normalised: bool) -> dict[str, np.ndarray]:
-    """[rows] numbers of each metric that the set's rows allow."""
-    wrong = all(wrong_logp(row) for row in rows)
-    functions: dict[str, Callable[[Row], float]] = {
-        name: metric.of for name, metric in ROW_METRICS.items() if wrong or not metric.needs_wrong
-    }
-    if normalised:
-        functions["probability"] = normalised_probability
-    return {name: np.array([of(row) for row in rows]) for name, of in functions.items()}
+def compared(ours: Evaluated, theirs: Evaluated) -> dict[str, tuple[float, float, float]]:
+    """Our metric minus theirs with the 95 % interval of that difference, row by row on the same draws."""
+    differences = {}
+    for name, ours_drawn in ours.resampled.items():
+        if len(theirs.resampled.get(name, ())) == len(ours_drawn):
+            low, high = _interval(ours_drawn - theirs.resampled[name])
+            differences[name] = (ours.values[name] - theirs.values[name], low, high)
+    return differences
+
+
+def wants(evaluation: Evaluation, name: str) -> bool:
+    """Whether `evaluation.metrics` names this one."""
+    return evaluation.metrics is None or any(fnmatch.fnmatchcase(name, p) for p in evaluation.metrics)
+
+
+def reads_answers(evaluation: Evaluation) -> bool:
+    """Whether any metric that is wanted reads generated answers."""
+    if evaluation.utility and wants(evaluation, "model_utility"):
+        return True
+    reading = [name for name, about in ROW_METRICS.items() if about.needs not in ("", WRONG)]
+    return any(wants(evaluation, f"{set_name}_{metric}") for set_name in evaluation.sets for metric in reading)
+
+
+def _put(found: Evaluated, name: str, value: Any, resampled: np.ndarray) -> None:
+    found.values[name], found.intervals[name] = float(value), _interval(resampled)
+    found.resampled[name] = resampled
+
+
+def _row_scores(name: str, rows: Sequence[Row], evaluation: Evaluation, found: Evaluated) -> dict[str, np.ndarray]:
+    """[rows] numbers of each metric that is wanted and that the set's rows allow."""
+    scores = {}
+    in_utility = name in evaluation.utility and wants(evaluation, "model_utility")
+    for metric, about in ROW_METRICS.items():
+        if not wants(evaluation, f"{name}_{metric}") and not (in_utility and metric in _UTILITY):
+            continue
+        if has(rows, about.needs):
+            of = normalised_probability if metric == "probability" and evaluation.sets[name].normalised else about.of
+            scores[metric] = np.array([of(row) for row in rows])
+        elif evaluation.metrics is not None:
+            found.missing[f"{name}_{metric}"] = NEEDS[about.needs]
+        elif about.needs not in (WRONG, GENERATED):
+            found.missing[metric] = NEEDS[about.needs]
+    return scores
+
+
+def _perplexity(rows: Sequence[Row], draws: np.ndarray) -> tuple[float, np.ndarray]:
+    """exp of the mean −log p over all tokens of the right answers, EOS included; at most e^700."""
+    losses, tokens = (np.array([of(row["logp"][0]) for row in rows]) for of in (lambda logp: -sum(logp), len))
+    means = losses[draws].sum(axis=1) / tokens[draws].sum(axis=1)
+    return math.exp(min(losses.sum() / tokens.sum(), 700)), np.exp(np.minimum(means, 700))
+
+
+def _chosen(found: Evaluated, patterns: Sequence[str] | None) -> Evaluated:
+    """Only what `patterns` name; one that names nothing is said to be missing."""
+    if patterns is None:
+        return found
+
+    def named(about: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in about.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
+
+    chosen = Evaluated(*(named(about) for about in found))
+    for pattern in patterns:
+        if not fnmatch.filter([*chosen.values, *chosen.missing], pattern):
+            chosen.missing[pattern] = "names no metric of these sets"
+    return chosen
 
 
 def _check_same_rows(forget: Sequence[Row], reference: Reference) -> None:
@@ -105,38 +170,39 @@ def _check_same_rows(forget: Sequence[Row], reference: Reference) -> None:
         )
 
 
-def _forget_quality(
-    forget: Sequence[Row], reference: Reference | None, values: dict[str, float], missing: dict[str, str]
-) -> None:
+def _forget_quality(forget: Sequence[Row], reference: Reference | None, found: Evaluated) -> None:
     names = ("forget_quality", "forget_quality_log10")
     own = log_truth_ratios(forget)
     if own is None:
-        missing.update(dict.fromkeys(names, "needs wrong answers in the set forget: name its column perturbed_answer"))
+        found.missing.update(dict.fromkeys(names, NEEDS[WRONG]))
     elif reference is None or reference.log_truth_ratios is None:
-        missing.update(dict.fromkeys(names, _NEEDS_RETAIN_ONLY))
+        found.missing.update(dict.fromkeys(names, _NEEDS_RETAIN_ONLY))
     else:
-        values["forget_quality"], values["forget_quality_log10"] = forget_quality(own, reference.log_truth_ratios)
+        found.values.update(zip(names, forget_quality(own, reference.log_truth_ratios), strict=True))
 
 
 def _membership(
-    sets: Mapping[str, list[Row]], reference: Reference | None, draws: Mapping[str, np.ndarray],
-    values: dict[str, float], intervals: dict[str, tuple[float, float]], missing: dict[str, str],
-) -> None:  # fmt: skip
+    sets: Mapping[str, list[Row]], reference: Reference | None, draws: Mapping[str, np.ndarray], found: Evaluated
+) -> None:
     if "holdout" not in sets:
         why = "needs rows that no model saw: give evaluation.sets.holdout"
-        missing.update(dict.fromkeys([*(f"mia_{name}" for name in ATTACKS), "privleak"], why))
+        found.missing.update(dict.fromkeys([*(f"mia_{name}" for name in ATTACKS), "privleak"], why))
         return
+    both = [sets[name] for name in ("forget", "holdout")]
+    pairs = list(zip(draws["forget"][:200], draws["holdout"][:200], strict=True))
     for name, attack in ATTACKS.items():
-        members, others = (np.array([attack(row) for row in sets[s]]) for s in ("forget", "holdout"))
-        values[f"mia_{name}"] = auc(members, others)
-        pairs = zip(draws["forget"][:200], draws["holdout"][:200], strict=True)
-        intervals[f"mia_{name}"] = _interval(np.array([auc(members[i], others[j]) for i, j in pairs]))
+        if not all(has(rows, attack.needs) for rows in both):
+            found.missing[f"mia_{name}"] = NEEDS[attack.needs]
+            continue
+        members, others = (np.array([attack.of(row) for row in rows]) for rows in both)
+        resampled = np.array([auc(members[i], others[j]) for i, j in pairs])
+        _put(found, f"mia_{name}", auc(members, others), resampled)
     if reference is None or reference.min_k_auc is None:
-        missing["privleak"] = _NEEDS_RETAIN_ONLY
+        found.missing["privleak"] = _NEEDS_RETAIN_ONLY
     elif reference.min_k_auc < 1:
-        values["privleak"] = privleak(values["mia_min_k"], reference.min_k_auc)
+        found.values["privleak"] = privleak(found.values["mia_min_k"], reference.min_k_auc)
     else:
-        missing["privleak"] = "is not defined where min-k tells all rows of the retain-only model apart"
+        found.missing["privleak"] = "is not defined where min-k tells all rows of the retain-only model apart"
 
 
 def forget_quality(unlearned: Sequence[float], retain_only: Sequence[float]) -> tuple[float, float]:
@@ -168,6 +234,8 @@ def better(name: str) -> str:
         return "0.5"
     if name == "privleak":
         return "0"
+    if name.endswith("_perplexity"):
+        return "higher" if name == "forget_perplexity" else "lower"
     for metric, about in ROW_METRICS.items():
         if name.endswith(f"_{metric}"):
             turned = name == f"forget_{metric}" and not about.always

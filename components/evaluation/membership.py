@@ -7,6 +7,7 @@ nothing tells them apart, and 0 that they stand out by being too unlikely: all b
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,9 +37,32 @@ def min_k_plus_plus(row: Row) -> float:
     return -_lowest((logp - mean) / np.sqrt(np.maximum(variance, 1e-6)))
 
 
-ATTACKS: dict[str, Callable[[Row], float]] = {
-    "loss": loss, "zlib": loss_over_zlib, "min_k": min_k, "min_k_plus_plus": min_k_plus_plus,
-}  # fmt: skip
+def loss_over_reference(row: Row) -> float:
+    """Mean −log p less the same of a model that saw neither forget nor holdout rows (arXiv 2012.07805)."""
+    return loss(row) - row["reference_loss"]
+
+
+def gradient_norm(row: Row) -> float:
+    """L2 norm of the gradient of the mean −log p, averaged over the parameter tensors (arXiv 2402.17012)."""
+    return row["gradient_norm"]
+
+
+class Attack(NamedTuple):
+    """A score for each row."""
+
+    of: Callable[[Row], float]
+    needs: str = ""
+    """Column that the records must have."""
+
+
+ATTACKS: dict[str, Attack] = {
+    "loss": Attack(loss),
+    "zlib": Attack(loss_over_zlib),
+    "min_k": Attack(min_k),
+    "min_k_plus_plus": Attack(min_k_plus_plus),
+    "reference": Attack(loss_over_reference, "reference_loss"),
+    "gradient_norm": Attack(gradient_norm, "gradient_norm"),
+}
 
 
 def auc(members: Sequence[float] | np.ndarray, others: Sequence[float] | np.ndarray) -> float:

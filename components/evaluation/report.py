@@ -11,11 +11,13 @@ import numpy as np
 import pyarrow as pa
 
 from components.console import number, table
-from components.evaluation.evaluate import Evaluated, better
-from components.evaluation.membership import ATTACKS, auc
+from components.evaluation.evaluate import Evaluated, better, compared
+from components.evaluation.membership import auc, min_k
 from components.evaluation.metrics import Row, by_set, log_truth_ratios, probability
 
 Metrics = Mapping[str, float]
+Change = tuple[float, float, float]
+"""Difference of a metric, and its interval."""
 
 HEADLINE = ("forget_quality", "model_utility")
 SHOWN = ("_probability", "_rouge", "_exact_match", "_truth_ratio", "mia_min_k", "privleak")  # in a terminal
@@ -41,6 +43,26 @@ def metrics_table(models: Mapping[str, Metrics]) -> str:
     return table(["metric", *models], rows)
 
 
+def changes_table(models: Mapping[str, Mapping[str, Change]]) -> str:
+    """The main metrics' differences between models as `compared` gives them; * where the interval leaves out 0."""
+    names = dict.fromkeys(name for changes in models.values() for name in changes)
+    rows = [
+        [f"{name} {arrow(name)}", *(change_text(changes.get(name)) for changes in models.values())]
+        for name in names
+        if name in HEADLINE or name.endswith(SHOWN)
+    ]
+    return table(["metric", *models], rows)
+
+
+def change_text(change: Change | None) -> str:
+    """`+0.12 [0.1, 0.14]*`."""
+    if change is None:
+        return number(None)
+    value, low, high = change
+    sign = "+" if value > 0 else ""
+    return f"{sign}{number(value)} [{number(low)}, {number(high)}]" + "*" * (low > 0 or high < 0)
+
+
 def metric_names(models: Mapping[str, Metrics]) -> list[str]:
     """Every metric that some model has, the headline ones first."""
     names = dict.fromkeys(name for metrics in models.values() for name in metrics)
@@ -64,7 +86,10 @@ def telling_samples(before: pa.Table, after: pa.Table, set_name: str, count: int
     chosen = order[:count]
     if set_name == "forget" and len(order) > count:
         chosen = [*order[: count - 1], order[-1]]
-    return [Sample(old[i]["question"], old[i]["answer"], old[i]["generated"], new[i]["generated"]) for i in chosen]
+    return [
+        Sample(old[i]["question"], old[i]["answer"], old[i]["generated"] or "", new[i]["generated"] or "")
+        for i in chosen
+    ]
 
 
 def write_report(
@@ -75,6 +100,8 @@ def write_report(
     """One HTML file without outside references."""
     values = {name: evaluated.values for name, evaluated in models.items()}
     missing = {metric: why for evaluated in models.values() for metric, why in evaluated.missing.items()}
+    both = {"original", "unlearned"} <= {*models}
+    changes = compared(models["unlearned"], models["original"]) if both else {}
     headline = [name for name in metric_names(values) if name in HEADLINE]
     sections = [
         f"<h1>{html.escape(title)}</h1>",
@@ -89,8 +116,12 @@ def write_report(
             f"<h3>{html.escape(name)}</h3>" + _table([("question", "right answer", "before", "after")], rows)
             for name, rows in shown.items()
         ),
-        "<h2>All metrics</h2><p>95 % bootstrap intervals over the rows. ↑: higher is better, ↓: lower, →: this.</p>",
-        _table([("", "", *models)], [_metric_row(name, models) for name in metric_names(values)]),
+        "<h2>All metrics</h2><p>95 % bootstrap intervals over the rows; of the difference on the same rows, * where"
+        " it leaves out 0. ↑: higher is better, ↓: lower, →: this.</p>",
+        _table(
+            [("", "", *models, *(["unlearned − original"] if changes else []))],
+            [_metric_row(name, models, changes) for name in metric_names(values)],
+        ),
         "<p>Not computed:</p>" + _table([], list(missing.items())) if missing else "",
         "<h2>How this was made</h2>" + _table([], list(facts.items())),
         f"<p>{NOTE}</p>",
@@ -118,13 +149,13 @@ def _table(head: Sequence[Sequence[str]], rows: Sequence[Sequence[str]]) -> str:
     return "<table>" + "".join(cells(r, "th") for r in head) + "".join(cells(r, "td") for r in rows) + "</table>"
 
 
-def _metric_row(name: str, models: Mapping[str, Evaluated]) -> list[str]:
+def _metric_row(name: str, models: Mapping[str, Evaluated], changes: Mapping[str, Change]) -> list[str]:
     cells = []
     for evaluated in models.values():
         low_high = evaluated.intervals.get(name)
         shown = f" [{number(low_high[0])}, {number(low_high[1])}]" if low_high else ""
         cells.append(number(evaluated.values.get(name)) + shown)
-    return [name, arrow(name), *cells]
+    return [name, arrow(name), *cells, *([change_text(changes.get(name))] if changes else [])]
 
 
 def _told_apart(records: Mapping[str, pa.Table]) -> Any:
@@ -139,7 +170,7 @@ def _told_apart(records: Mapping[str, pa.Table]) -> Any:
         if found := log_truth_ratios(forget):
             ratios = np.sort(found)
             left.step(ratios, np.arange(1, len(ratios) + 1) / len(ratios), where="post", label=name)
-        members, others = (np.array([ATTACKS["min_k"](row) for row in sets.get(s, [])]) for s in ("forget", "holdout"))
+        members, others = (np.array([min_k(row) for row in sets.get(s, [])]) for s in ("forget", "holdout"))
         if len(members) and len(others):
             limits = np.sort(np.concatenate([members, others, [-np.inf]]))[::-1]
             rates = [(np.mean(members > limit), np.mean(others > limit)) for limit in limits]

@@ -1,5 +1,6 @@
-"""One pass of a model over all questions: log-probabilities of every answer and one greedy answer of its own."""
+"""One pass of a model over all questions: log-probabilities of every answer and answers of its own."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ from components.batch_inference import map_batches
 from components.config import Evaluation, Train, digest
 from components.data.prepare import Prepared
 from components.data.rows import PreparedRows
+from components.evaluation.evaluate import reads_answers
+from components.evaluation.shared_prompt import Row, fits, hidden_states, parts, side_by_side, takes_shared_prompts
 from components.files import whole_folder
 from components.models import answer_text, context_length, inference_device, load_model, load_tokenizer
 
@@ -22,20 +25,28 @@ def score(
     Columns: `set`, `row_id`, `question`, `answer`, `generated`, `paraphrased`, and `logp`: for each answer (the right
     one, its paraphrase if there is one, the wrong ones) the list of its tokens' log-probabilities, EOS included. Of the
     right answer's tokens also `mean` and `variance` of log p over the vocabulary, by the model's own p, and `hit`:
-    whether the token is the likeliest.
+    whether the token is the likeliest. `generated`, the greedy answer, is null where no metric reads it; where they are
+    asked for, `sampled` answers and the right answer's `gradient_norm`.
     """
     rows_of = {name: prepared.digest for name, prepared in sets.items()}
-    key = digest([_FORMAT, model_hash, rows_of, evaluation.max_new_tokens, train.dtype])
-    file = storage / "evaluations" / key / "records.parquet"
+    tokens = evaluation.max_new_tokens
+    with_answers = Asked(tokens, evaluation.samples, evaluation.temperature, evaluation.gradient_norms)
+    asked = with_answers if reads_answers(evaluation) else with_answers._replace(max_new_tokens=0, samples=0)
+
+    def place(asked: Asked) -> Path:
+        return storage / "evaluations" / digest([_FORMAT, model_hash, rows_of, asked, train.dtype]) / "records.parquet"
+
+    file = next((file for file in (place(with_answers), place(asked)) if file.exists()), place(asked))
     if not file.exists():
         tables = []
         for name, prepared in sets.items():
             rows = PreparedRows(prepared.folder).table()
             tables.append(rows.append_column("set", pa.array([name] * rows.num_rows)))
         rows = pa.concat_tables(tables)
+        lengths = [len(prompt) + sum(map(len, answers)) for prompt, answers in zip(*_ids(rows), strict=True)]
         outputs = map_batches(
-            rows.select(["input_ids", "answers"]), Scorer, (str(model), train.dtype, evaluation.max_new_tokens),
-            lengths=pa.compute.list_value_length(rows["input_ids"]), batch_size=evaluation.batch_size, train=train,
+            rows.select(["input_ids", "answers"]), Scorer, (str(model), train.dtype, asked),
+            lengths=lengths, batch_size=evaluation.batch_size, train=train,
         )  # fmt: skip
         records = rows.select(["set", "row_id", "question", "answer", "paraphrased"])
         for column in outputs.column_names:
@@ -45,8 +56,19 @@ def score(
     return pq.read_table(file)
 
 
-_FORMAT = 2
+_FORMAT = 3
 _POSITIONS = 256  # whose logits are in memory at a time
+
+
+class Asked(NamedTuple):
+    """What is wanted beside log-probabilities."""
+
+    max_new_tokens: int
+    """Of a generated answer; 0 for none."""
+    samples: int
+    """Drawn answers for each question."""
+    temperature: float
+    gradient_norms: bool
 
 
 class Scored(NamedTuple):
@@ -63,49 +85,65 @@ class Scored(NamedTuple):
 class Scorer:
     """Batch inference on prompts with their candidate answers."""
 
-    def __init__(self, model: str, dtype: str, max_new_tokens: int):
+    def __init__(self, model: str, dtype: str, asked: Asked):
         self.folder = Path(model)
         self.device = inference_device()
         self.model = load_model(Path(model), dtype).to(self.device)
+        self.shares_prompts = takes_shared_prompts(self.model)
         self.tokenizer = load_tokenizer(Path(model))
-        self.max_new_tokens = max_new_tokens
+        self.asked = asked
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         import torch
 
-        prompts, answers = rows["input_ids"].to_pylist(), rows["answers"].to_pylist()
+        prompts, answers = _ids(rows)
         with torch.no_grad():
-            scored = iter(self._score(prompts, answers))
-            per_row = [[next(scored) for _ in candidates] for candidates in answers]
-            generated = self._generate(prompts)
+            per_row = self._score(prompts, answers)
+            generated = self._generate(prompts) if self.asked.max_new_tokens else [[None]] * len(prompts)
+            sampled = self._generate(prompts, self.asked.samples) if self.asked.samples else None
         numbers = pa.list_(pa.float32())
-        return pa.table(
-            {
-                "logp": pa.array([[one.logp for one in row] for row in per_row], pa.list_(numbers)),
-                "mean": pa.array([row[0].mean for row in per_row], numbers),
-                "variance": pa.array([row[0].variance for row in per_row], numbers),
-                "hit": pa.array([row[0].hit for row in per_row], pa.list_(pa.bool_())),
-                "generated": pa.array(generated, pa.string()),
-            }
-        )
+        columns = {
+            "logp": pa.array([[one.logp for one in row] for row in per_row], pa.list_(numbers)),
+            "mean": pa.array([row[0].mean for row in per_row], numbers),
+            "variance": pa.array([row[0].variance for row in per_row], numbers),
+            "hit": pa.array([row[0].hit for row in per_row], pa.list_(pa.bool_())),
+            "generated": pa.array([greedy for [greedy] in generated], pa.string()),
+        }
+        if sampled is not None:
+            columns["sampled"] = pa.array(sampled, pa.list_(pa.string()))
+        if self.asked.gradient_norms:
+            norms = [self._gradient_norm(p, candidates[0]) for p, candidates in zip(prompts, answers, strict=True)]
+            columns["gradient_norm"] = pa.array(norms, pa.float32())
+        return pa.table(columns)
 
-    def _score(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> list[Scored]:
-        """Each (prompt, answer) pair, forwarded once."""
+    def _score(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> list[list[Scored]]:
+        """Each prompt with all its answers in one row, where the model can; else each answer in a row of its own."""
+        window = getattr(self.model.config, "sliding_window", None)
+        rows: list[Row] = []
+        of: list[int] = []
+        for i, (prompt, candidates) in enumerate(zip(prompts, answers, strict=True)):
+            chosen = [side_by_side(prompt, candidates)]
+            if not self.shares_prompts or not fits(chosen[0], window):
+                chosen = [side_by_side(prompt, [answer]) for answer in candidates]
+            rows += chosen
+            of += [i] * len(chosen)
+        scored: list[list[Scored]] = [[] for _ in prompts]
+        for i, found in zip(of, (one for part in parts(rows) for one in self._score_rows(part)), strict=True):
+            scored[i] += found
+        return scored
+
+    def _score_rows(self, rows: Sequence[Row]) -> Iterator[list[Scored]]:
         import torch
 
-        pairs = [(p, a) for p, candidates in zip(prompts, answers, strict=True) for a in candidates]
-        padded = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(p + a, device=self.device) for p, a in pairs], batch_first=True
-        )
-        hidden = self.model.base_model(input_ids=padded, use_cache=False).last_hidden_state
-        out = []
-        for row, (prompt, answer) in enumerate(pairs):
-            states = hidden[row, len(prompt) - 1 : len(prompt) + len(answer) - 1]
-            tokens = torch.tensor(answer, device=self.device)
-            split = zip(states.split(_POSITIONS), tokens.split(_POSITIONS), strict=True)
-            parts = [self._of_tokens(*part) for part in split]
-            out.append(Scored(*(torch.cat(values).tolist() for values in zip(*parts, strict=True))))
-        return out
+        hidden = hidden_states(self.model, rows)
+        for states_of_row, row in zip(hidden, rows, strict=True):
+            out = []
+            for places, answer in zip(row.places, row.answers, strict=True):
+                tokens = torch.tensor(answer, device=self.device)
+                split = zip(states_of_row[places].split(_POSITIONS), tokens.split(_POSITIONS), strict=True)
+                found = [self._of_tokens(*part) for part in split]
+                out.append(Scored(*(torch.cat(values).tolist() for values in zip(*found, strict=True))))
+            yield out
 
     def _of_tokens(self, states: Any, tokens: Any) -> tuple[Any, Any, Any, Any]:
         """[n, hidden] states and the [n] tokens that follow → logp, mean, variance and hit, in fp32 or better."""
@@ -115,17 +153,43 @@ class Scorer:
         variance = (p * (logp - mean.unsqueeze(-1)) ** 2).sum(-1)
         return logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), mean, variance, logp.argmax(-1) == tokens
 
-    def _generate(self, prompts: list[list[int]]) -> list[str]:
-        """Greedy answers, up to EOS."""
+    def _gradient_norm(self, prompt: list[int], answer: list[int]) -> float:
+        """L2 norm of the gradient of the mean −log p, averaged over the parameter tensors."""
+        import torch
+
+        row, tokens = side_by_side(prompt, [answer]), torch.tensor(answer, device=self.device)
+        states = hidden_states(self.model, [row])[0][row.places[0]]
+        parameters = list(self.model.parameters())
+        loss = torch.nn.functional.cross_entropy(self.model.get_output_embeddings()(states).float(), tokens)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return float(torch.stack([g.float().norm() for g in found if g is not None]).mean())
+
+    def _generate(self, prompts: list[list[int]], samples: int = 0) -> list[list[str]]:
+        """The greedy answer to each prompt, or so many drawn ones, up to EOS."""
         import torch
 
         eos = self.tokenizer.eos_token_id
         width = max(map(len, prompts))
         room = context_length(self.folder)
-        new_tokens = self.max_new_tokens if room is None else min(self.max_new_tokens, room - width)
+        new_tokens = self.asked.max_new_tokens
         padded = torch.tensor([[eos] * (width - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        how: dict[str, Any] = {"do_sample": False}
+        if samples:
+            torch.manual_seed(int(digest(prompts), 16))  # of the batch, which any number of workers makes alike
+            how = {
+                "do_sample": True, "num_return_sequences": samples, "temperature": self.asked.temperature, "top_k": 0,
+                "top_p": 1.0,
+            }  # fmt: skip
         output = self.model.generate(
-            input_ids=padded, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=eos
-        )
-        return [answer_text(self.tokenizer, ids) for ids in output[:, width:].tolist()]
+            input_ids=padded, attention_mask=mask, pad_token_id=eos, **how,
+            max_new_tokens=new_tokens if room is None else min(new_tokens, room - width),
+        )  # fmt: skip
+        texts = [answer_text(self.tokenizer, ids) for ids in output[:, width:].tolist()]
+        each = max(1, samples)
+        return [texts[i : i + each] for i in range(0, len(texts), each)]
+
+
+def _ids(rows: pa.Table) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """(prompts, answers of each) as token ids."""
+    return rows["input_ids"].to_pylist(), rows["answers"].to_pylist()

@@ -1,0 +1,141 @@
+"""Suites, judges, multiple choice, others' harness: what `pipelines/evaluate.py` adds to the plain metrics."""
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+
+from components.config import Classifier, Data, EvaluationSet, Files, Keywords, LmEval, Train, run_name
+from components.data.mapping import Unusable, examples
+from components.errors import ConfigError, DataError, ModelError
+from components.evaluation.attacks import shots_prefix
+from components.evaluation.general import general_ability
+from components.evaluation.judge import judged
+from components.load_config import load_recipe
+from components.models import load_tokenizer
+from pipelines.cli import parse_arguments
+
+ROOT = Path(__file__).parents[1]
+SUITES = sorted((ROOT / "pipelines" / "suites").glob("*.yaml"))
+DEMO = str(ROOT / "pipelines" / "recipes" / "demo.yaml")
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=lambda file: file.stem)
+def test_every_suite_fits_a_recipe_and_leaves_its_run_alone(suite: Path) -> None:
+    command = parse_arguments([DEMO, f"suite={suite.stem}"], takes_models=True)
+    assert command.run == run_name(load_recipe([DEMO]))
+    assert command.recipe.data == load_recipe([DEMO]).data
+    own = yaml.safe_load(suite.read_text())
+    if "metrics" in own.get("evaluation", {}):
+        assert command.recipe.evaluation.metrics == own["evaluation"]["metrics"]
+    assert {"forget", "retain"} <= {*command.recipe.evaluation.sets}
+
+
+def test_a_suite_with_questions_needs_no_recipe() -> None:
+    arguments = ["/models/a b", "/models/c", "suite=tofu", "suite=tofu-forget05", "data.folder=/data"]
+    command = parse_arguments(arguments, takes_models=True)
+    assert command.recipe.models.original.path == "/models/a b"  # type: ignore[union-attr]
+    assert command.models == ["/models/c"]
+    [source] = command.recipe.evaluation.sets["forget"].rows
+    assert source.path == "/data/tofu/forget05_perturbed.json"  # type: ignore[union-attr]
+    assert sorted(command.recipe.evaluation.sets) == ["forget", "real_authors", "retain", "world_facts"]
+    with pytest.raises(ConfigError, match=r"Did you mean .*tofu.yaml"):
+        parse_arguments(["/models/a", "suite=tfu"], takes_models=True)
+
+
+CHOICES = Files(type="files", path="x", choices="options", letters=True)
+
+
+def test_multiple_choice_gives_the_right_option_first() -> None:
+    fields = {"question": "Which?", "options": ["red", "green", "blue"], "answer": 1}
+    [example] = examples(fields, CHOICES.model_copy(update={"letters": False}), "questions")
+    assert (example.prompt, example.answers) == ("Which?", ["green", "red", "blue"])
+    [example] = examples(fields, CHOICES, "questions")
+    assert (example.prompt, example.answers) == ("Which?\nA. red\nB. green\nC. blue", ["B", "A", "C"])
+    [example] = examples(fields, CHOICES, "pairs")
+    assert example.answers == ["B"]
+    for wrong in ({"answer": 3}, {"answer": "B"}, {"options": "red"}, {"options": ["red"]}):
+        with pytest.raises(Unusable, match="column"):
+            examples({**fields, **wrong}, CHOICES, "questions")
+    assert EvaluationSet(rows=[CHOICES], normalised=True)
+    with pytest.raises(ValueError, match="leave out the other columns"):
+        Files(type="files", path="x", choices="options", perturbed_answer="wrong")
+
+
+def test_a_single_wrong_answer_may_be_text() -> None:
+    source = Files(type="files", path="x", perturbed_answer="wrong")
+    [example] = examples({"question": "q", "answer": "a", "wrong": "b"}, source, "questions")
+    assert example.answers == ["a", "b"]
+
+
+def test_examples_stand_before_a_question_as_the_template_has_it() -> None:
+    data = Data(template="Q: {prompt}\nA:", answer_prefix=" ")
+    prefix = shots_prefix([("one?", "1"), ("two?", "2")], data)
+    assert data.template.replace("{prompt}", prefix + "three?") == "Q: one?\nA: 1\n\nQ: two?\nA: 2\n\nQ: three?\nA:"  # type: ignore[union-attr]
+
+
+SAID = pa.table({"question": ["a", "b", "c"], "generated": ["Mix the ACID.", "no", "I can't say that at all"]})
+
+
+def test_a_judge_of_words() -> None:
+    found = judged(SAID, Keywords(type="keywords", texts=["acid"]), Train(workers=0), Path("nowhere"))
+    assert found["harmful"].to_pylist() == [True, False, False]
+
+
+def test_a_judge_that_is_a_model(base: Path, tmp_path: Path) -> None:
+    """A local folder, in batches, gives what the classifier gives alone; its verdicts are found again."""
+    from transformers import AutoModelForSequenceClassification
+
+    labels = {0: "fine", 1: "harmful", 2: "odd"}
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=3, id2label=labels, label2id={v: k for k, v in labels.items()}
+    )
+    tokenizer = load_tokenizer(base)
+    tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    said = SAID["generated"].to_pylist()
+    alone = [model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0, 1] for text in said]
+    threshold = sorted(p.item() for p in alone)[1] - 1e-4
+    judge = Classifier(type="classifier", path=str(tmp_path / "judge"), label="harmful", threshold=threshold)
+    found = judged(SAID, judge, Train(workers=0), tmp_path)
+    assert found["harmful"].to_pylist() == [bool(p > threshold) for p in alone]
+    [kept] = (tmp_path / "evaluations").glob("judged-*")
+    before = (kept / "judged.parquet").stat().st_mtime_ns
+    judged(SAID, judge.model_copy(update={"threshold": 1.0}), Train(workers=0), tmp_path)
+    assert (kept / "judged.parquet").stat().st_mtime_ns == before
+    with pytest.raises(ModelError, match=r"no such label .*fine"):
+        judged(SAID, judge.model_copy(update={"label": "bad"}), Train(workers=0), tmp_path)
+
+
+def test_a_harness_that_is_not_there(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ConfigError, match=r"pip install 'ray-unlearn\[lm-eval\]'"):
+        general_ability(base, "hash", LmEval(tasks=["arc_easy"]), tmp_path)
+
+
+def test_the_harness_on_a_task_of_ones_own(base: Path, tmp_path: Path) -> None:
+    """Accuracy by likelihood of a two-option task, with all answers' right option known to be the longer one."""
+    pytest.importorskip("lm_eval")
+    rows = [{"q": f"Question {i}", "options": ["yes", "no"], "right": i % 2} for i in range(6)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"data_files": {"test": str(tmp_path / "own.jsonl")}}
+    task = {
+        "task": "own_task", "dataset_path": "json", "dataset_kwargs": files, "test_split": "test",
+        "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "options", "doc_to_target": "right",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    (tmp_path / "own_task.yaml").write_text(yaml.safe_dump(task))
+    config = LmEval(tasks=["own_task"], include_path=str(tmp_path), batch_size=2)
+    found = general_ability(base, "hash", config, tmp_path / "storage")
+    assert found["lm_eval_own_task_acc"] == 0.5  # a base model prefers the same option each time
+    (tmp_path / "own_task.yaml").unlink()
+    assert general_ability(base, "hash", config, tmp_path / "storage") == found  # kept
+    with pytest.raises(DataError, match="Task of lm-eval cannot be had"):
+        general_ability(base, "other", config, tmp_path / "storage")
