@@ -19,13 +19,14 @@ def one_of_two(rank: int, job_file: str, folder: str, seconds: float) -> None:
 
     from components.training import checkpoint_files
     from components.training.loop import train_loop
-    from tests.training import join
+    from tests.training import join, leave
 
     quick = checkpoint_files.sha256
     checkpoint_files.sha256 = lambda file: (time.sleep(seconds), quick(file))[1]  # type: ignore[func-returns-value]
     join(rank, folder)
     job = Job.model_validate(json.loads(Path(job_file).read_text()))
     train_loop(job, rank, 2, torch.device("cpu"))
+    leave()
 
 
 def on_two_ranks(job_file: Path, seconds: float = 0.0) -> None:

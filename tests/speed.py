@@ -25,7 +25,7 @@ from components.training.job import Job
 from components.training.loop import set_up
 from components.training.reference import reference_pass
 from components.training.step import objective_backward, step_of
-from tests.training import join
+from tests.training import join, leave
 
 RANKS, ROUNDS, INTERVAL = 2, 15, 10
 ROWS, PROMPT, ANSWER, VOCABULARY = 48, 64, 64, 4096
@@ -94,6 +94,7 @@ def measure(rank: int, folder: str) -> None:
             setup.engine.destroy()
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
+    leave()
 
 
 WEIGHTS = {"forget": 0.1, "random": 1.0, "normal": 1.0}

@@ -16,7 +16,7 @@ from components.training.batches import Batcher
 from components.training.curvature import sample_labels
 from components.training.job import Job
 from components.training.loop import make_batcher, train_loop
-from tests.training import TRAIN, distance, join, plain_loop, run, weights
+from tests.training import TRAIN, distance, join, leave, plain_loop, run, weights
 
 STEPS = 10
 STAGES, ACCUMULATION, CLIPPING = (0, 1, 2, 3), (1, 2), (0.0, 0.5)
@@ -84,13 +84,14 @@ def one_of_two_poisoned(rank: int, folder: str) -> None:
     with pytest.raises(TrainingError) as caught:
         train_loop(Job.model_validate(job), rank, 2, torch.device("cpu"))
     Path(folder, f"error-{rank}").write_text(str(caught.value))
+    leave()
 
 
 def one_of_two(rank: int, folder: str) -> None:
     join(rank, folder)
     for job in pickle.loads(Path(folder, "jobs").read_bytes()):
         train_loop(Job.model_validate(job), rank, 2, torch.device("cpu"))
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

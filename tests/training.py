@@ -1,6 +1,7 @@
 """What tests of training share: settings, reading results, and the same training written plainly."""
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,15 @@ def join(rank: int, folder: str, ranks: int = 2) -> None:
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(f"{folder}/store", ranks)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+
+
+def leave() -> None:
+    """End such a process, as Ray ends its workers: now and then an interpreter that ends by itself with gloo's threads
+    in it aborts."""
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def plain_gradient(job: Job, group: str, sign: float) -> dict[str, torch.Tensor]:
