@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-faults bench-data bench-train bench-checkpoint methods-table lint format
+.PHONY: demo test test-slow test-faults bench-data bench-train bench-checkpoint bench-evaluation methods-table lint format
 
 demo: .venv/installed
 	$(BIN)/python pipelines/unlearn.py pipelines/recipes/demo.yaml
@@ -24,6 +24,9 @@ bench-checkpoint: .venv/installed
 
 bench-train: .venv/installed
 	$(BIN)/python -m tests.speed
+
+bench-evaluation: .venv/installed
+	$(BIN)/python -m tests.evaluation_speed $(MODEL) $(DATA)
 
 methods-table: .venv/installed
 	$(BIN)/python pipelines/compare.py pipelines/recipes/comparisons/demo.yaml --into docs/methods.md

@@ -110,7 +110,7 @@ def append_line(file: Path, value: dict[str, Any]) -> None:
     with file.open("ab+") as stream:
         if stream.tell() and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":
             stream.write(b"\n")
-        stream.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+        stream.write(json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
 
 
 @contextmanager

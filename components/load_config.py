@@ -17,9 +17,9 @@ from components.errors import ConfigError
 def load_recipe(
     files: Sequence[str | Path], overrides: Sequence[str] = (), suites: Sequence[str | Path] = ()
 ) -> Recipe:
-    """Merge `suites`, then `files` left to right, then `overrides`, and validate.
+    """Merge `files` left to right, then `suites`, then `overrides`, and validate.
 
-    Of a suite under a recipe, only what is measured counts; by itself it is a recipe of its own.
+    Of a suite over a recipe, only what is measured counts; by itself it is a recipe of its own.
 
     Raises:
         ConfigError: naming every unknown file, malformed override and wrong setting.
@@ -27,12 +27,12 @@ def load_recipe(
     if not files and not suites:
         raise ConfigError("No recipe given. Expected a YAML file, such as pipelines/recipes/demo.yaml.")
     raw: dict[str, Any] = {}
-    for suite in suites:
-        raw = merge(raw, _read_yaml(Path(suite)))
-    if files:
-        raw = {key: value for key, value in raw.items() if key in ("evaluation", "attacks")}
     for file in files:
         raw = merge(raw, _read_yaml(Path(file)))
+    for suite in suites:
+        content = _read_yaml(Path(suite))
+        measured = {key: value for key, value in content.items() if key in ("evaluation", "attacks")}
+        raw = merge(raw, measured if files else content)
     changes: dict[str, Any] = {}
     for override in overrides:
         changes = merge(changes, parse_override(override))

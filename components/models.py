@@ -209,7 +209,12 @@ def load_classifier(folder: Path) -> tuple[Any, Any]:
         model = AutoModelForSequenceClassification.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
-        return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            raise ValueError("its tokenizer knows neither a token to pad with nor an EOS")
+        model.config.pad_token_id = tokenizer.pad_token_id
+        return model.eval(), tokenizer
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"Classifier cannot be loaded (path={folder}): {str(error)[:300]}. Expected a sequence classifier in "

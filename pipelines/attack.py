@@ -15,19 +15,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from components.config import Nll, Objective, Recipe, Relearn, digest
+from components.config import Nll, Objective, Recipe, Relearn, Text, digest
 from components.console import number, table
 from components.data.prepare import Prepared, prepare
 from components.data.rows import PreparedRows
 from components.data.streams import draw
-from components.errors import ConfigError
+from components.errors import ConfigError, DataError
 from components.evaluation.attacks import part_left_out, prefixed, quantise, shots_prefix
 from components.evaluation.evaluate import evaluate_records
 from components.models import context_length, fingerprint, load_tokenizer, tokenizer_facts
 from components.training.job import Job
 from components.training.launch import run_job
 from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
-from pipelines.evaluate import compared_models, given_models, prepare_questions, score_model
+from pipelines.evaluate import compared_models, given_models, prepare_questions, score_model, with_folders
 from pipelines.finetune import Model, check_inputs
 from pipelines.training import telling
 
@@ -36,7 +36,7 @@ _SHOWN = ("probability", "rouge")
 
 def run(command: Command) -> None:
     """Print one table with a row for each attack and a column for each model."""
-    recipe = command.recipe
+    recipe = with_folders(command.recipe)
     if "forget" not in recipe.evaluation.sets:
         raise ConfigError("Nothing to attack: evaluation.sets has no set named forget. Give its questions.")
     check_inputs(recipe)
@@ -49,8 +49,11 @@ def run(command: Command) -> None:
             pushed = {"forget": _prefixed_questions(recipe, models["original"], prefix)}
             rows[f"prompt: {name}"] = [_score(recipe, model, pushed) for model in models.values()]
         if recipe.attacks.shots:
-            asked, told = _asked_after_examples(recipe, models["original"], questions["forget"])
-            rows[f"{recipe.attacks.shots} examples"] = [_score(recipe, m, asked, told) for m in models.values()]
+            try:
+                asked, told = _asked_after_examples(recipe, models["original"], questions["forget"])
+                rows[f"{len(told)} examples"] = [_score(recipe, m, asked, told) for m in models.values()]
+            except DataError as error:
+                say(f"  examples   not tried: {error}")
         for bits in recipe.attacks.bits:
             rows[f"{bits}-bit weights"] = [_changed(recipe, m, questions, _quantised(bits)) for m in models.values()]
         relearn = recipe.attacks.relearn
@@ -69,22 +72,34 @@ def plan(command: Command) -> str:
     """What would be tried, for --dry-run."""
     attacks = command.recipe.attacks
     relearned = f"relearning after {attacks.relearn.steps} steps" if attacks.relearn else "no relearning"
-    return f"\nPlan: prompts {', '.join(attacks.prefixes) or 'none'}; bits {attacks.bits}; {relearned}"
+    prompts = f"prompts {', '.join(attacks.prefixes) or 'none'}; {attacks.shots} examples"
+    return f"\nPlan: {prompts}; bits {attacks.bits}; {relearned}"
 
 
 def _score(recipe: Recipe, model: Model, questions: dict[str, Prepared], told: Sequence[str] = ()) -> dict[str, float]:
     """Metrics of the forget set, without the questions that end with one of `told`."""
-    evaluation = recipe.evaluation.model_copy(update={"utility": [], "metrics": [f"forget_{m}" for m in _SHOWN]})
+    nothing_else = {"judge": None, "reference": None, "gradient_norms": False, "samples": 0, "lm_eval": None}
+    asked = {"utility": [], "metrics": [f"forget_{metric}" for metric in _SHOWN], **nothing_else}
+    evaluation = recipe.evaluation.model_copy(update=asked)
     records = score_model(recipe.model_copy(update={"evaluation": evaluation}), model, questions)
     kept = [not question.endswith(tuple(told)) for question in records["question"].to_pylist()]
     return evaluate_records(records.filter(pa.array(kept)), None, evaluation).values
 
 
 def _asked_after_examples(recipe: Recipe, model: Model, forget: Prepared) -> tuple[dict[str, Prepared], list[str]]:
-    """(the forget questions with the same few of them, answered, in front; those few)."""
+    """(the forget questions with the same few of them, answered, in front; those few).
+
+    Raises:
+        DataError: when the questions are no plain prompts, too few, or too long with the examples.
+    """
+    sources = recipe.evaluation.sets["forget"].rows
     rows = PreparedRows(forget.folder).table().select(["question", "answer"]).to_pylist()
-    chosen = [rows[i] for i in draw(recipe.seed, "shots", 0).permutation(len(rows))[: recipe.attacks.shots]]
-    prefix = shots_prefix([(row["question"], row["answer"]) for row in chosen], recipe.data)
+    if len(rows) < 2 or any(isinstance(source, Text) or source.dialogue for source in sources):
+        raise DataError("Examples need two and more questions with prompts of their own, not dialogues or plain text.")
+    count = min(recipe.attacks.shots, len(rows) - 1)
+    chosen = [rows[i] for i in draw(recipe.seed, "shots", 0).permutation(len(rows))[:count]]
+    chat = not recipe.data.template and bool(tokenizer_facts(load_tokenizer(model.folder)).chat_template)
+    prefix = shots_prefix([(row["question"], row["answer"]) for row in chosen], recipe.data, chat)
     return {"forget": _prefixed_questions(recipe, model, prefix)}, [row["question"] for row in chosen]
 
 

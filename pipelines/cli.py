@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +26,8 @@ class Command(NamedTuple):
     recipe: Recipe
     models: list[str]
     """Further arguments: model folders (evaluate.py)."""
-    run: str
-    """Name of the recipe's own run; suites do not change it."""
+    runs: list[str]
+    """Names that the recipe's own run may have: with all settings, and without those of what is measured."""
     show: int = 0
     """Rows of each set to show (prepare.py)."""
 
@@ -115,11 +115,18 @@ def parse_arguments(arguments: Sequence[str], takes_models: bool = False) -> Com
             f"Argument not understood ({' '.join(models)}). Expected recipes (*.yaml) and overrides "
             "(section.field=value)."
         )
-    if suites and not files and models:
+    if suites and not files and models and not any(o.startswith("models.original") for o in overrides):
         overrides.insert(0, f"models.original={json.dumps({'type': 'pretrained', 'path': models.pop(0)})}")
     recipe = load_recipe(files, overrides, [_SUITES / f"{suite.removeprefix('suite=')}.yaml" for suite in suites])
-    own = load_recipe(files, overrides) if files and suites else recipe
-    return Command(recipe, models, run_name(own))
+    return Command(recipe, models, _own_runs(files, overrides) if files else [])
+
+
+def _own_runs(files: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    names = []
+    for kept in (overrides, [o for o in overrides if not o.startswith(("evaluation", "attacks"))]):
+        with suppress(ConfigError):  # an override of what only a suite has
+            names.append(run_name(load_recipe(files, kept)))
+    return names
 
 
 _SUITES = Path(__file__).with_name("suites")

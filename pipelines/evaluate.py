@@ -33,7 +33,7 @@ from pipelines.training import telling
 
 def run(command: Command) -> None:
     """Print one table with a column for each model."""
-    recipe = command.recipe
+    recipe = with_folders(command.recipe)
     if not recipe.evaluation.sets:
         raise ConfigError("Nothing to evaluate: evaluation.sets is empty. Give at least one question set.")
     check_inputs(recipe)
@@ -46,11 +46,12 @@ def run(command: Command) -> None:
             records[name] = score_model(recipe, model, sets, records.get("original"))
     reference = retain_reference(recipe, records.get("retain-only"))
     evaluated = {name: evaluate_model(recipe, models[name], r, reference) for name, r in records.items()}
-    say(metrics_table({name: found.values for name, found in evaluated.items()}))
+    everything = recipe.evaluation.metrics is not None
+    say(metrics_table({name: found.values for name, found in evaluated.items()}, everything))
     changes = {name: compared(found, evaluated["original"]) for name, found in evaluated.items() if name != "original"}
     if changes:
         say("\nminus original, with the 95 % interval of the difference on the same rows")
-        say(changes_table(changes))
+        say(changes_table(changes, everything))
     for name, why in {n: why for found in evaluated.values() for n, why in found.missing.items()}.items():
         say(f"not computed: {name} {why}")
 
@@ -61,17 +62,27 @@ def plan(command: Command) -> str:
     return f"\nPlan: models {', '.join(models)}; sets {', '.join(command.recipe.evaluation.sets)}"
 
 
+def with_folders(recipe: Recipe) -> Recipe:
+    """The recipe with a folder in place of a registered original model's name."""
+    original = recipe.models.original
+    if not isinstance(original, Pretrained) or not original.path.startswith("models:/"):
+        return recipe
+    there = original.model_copy(update={"path": str(_model_folder(recipe, original.path))})
+    return recipe.model_copy(update={"models": recipe.models.model_copy(update={"original": there})})
+
+
+def _model_folder(recipe: Recipe, path: str) -> Path:
+    storage = storage_folder(recipe)
+    if path.startswith("models:/"):
+        return registry.fetch(make_client(tracking_uri(recipe.tracking, storage)), path, storage / "registered")
+    return local_folder(Pretrained(type="pretrained", path=path), storage)
+
+
 def given_models(command: Command) -> list[Path]:
     """Folders of the models on the command line, else of the recipe's own run."""
-    recipe = command.recipe
-    storage = storage_folder(recipe)
-
-    def folder(path: str) -> Path:
-        if path.startswith("models:/"):
-            return registry.fetch(make_client(tracking_uri(recipe.tracking, storage)), path, storage / "registered")
-        return local_folder(Pretrained(type="pretrained", path=path), storage)
-
-    return [folder(path) for path in command.models or _own_result(command)]
+    if not command.models and not _own_result(command):
+        say("no finished run of this recipe is there to compare with; name models to add them")
+    return [_model_folder(command.recipe, path) for path in command.models or _own_result(command)]
 
 
 def compared_models(recipe: Recipe, given: list[Path]) -> dict[str, Model]:
@@ -146,15 +157,14 @@ def score_model(recipe: Recipe, model: Model, sets: dict[str, Prepared], origina
 
 def evaluate_model(recipe: Recipe, model: Model, records: pa.Table, reference: Reference | None) -> Evaluated:
     """All metrics of a model, lm-eval's tasks included."""
-    found = evaluate_records(records, reference, recipe.evaluation)
-    if config := recipe.evaluation.lm_eval:
-        found.values.update(general_ability(model.folder, model.hash, config, storage_folder(recipe)))
-    return found
+    config = recipe.evaluation.lm_eval
+    others = general_ability(model.folder, model.hash, config, storage_folder(recipe)) if config else {}
+    return evaluate_records(records, reference, recipe.evaluation, others)
 
 
 def _own_result(command: Command) -> list[str]:
-    folder = storage_folder(command.recipe) / command.run / "model"
-    return [str(folder)] if folder.is_dir() else []
+    folders = [storage_folder(command.recipe) / name / "model" for name in command.runs]
+    return [str(folder) for folder in folders if folder.is_dir()][:1]
 
 
 def _short_name(folder: Path) -> str:

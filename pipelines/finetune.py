@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from components.config import (
     NOT_PART_OF_TRAINING,
+    Classifier,
     Custom,
     Files,
     HuggingFace,
@@ -40,6 +41,7 @@ from components.data.rows import PreparedRows
 from components.data.sources import fingerprint as source_fingerprint
 from components.data.sources import hub_commit, read_records, source_files
 from components.errors import ConfigError
+from components.files import sha256
 from components.models import (
     context_length,
     fingerprint,
@@ -211,6 +213,8 @@ def check_inputs(recipe: Recipe) -> None:
         folder = local_folder(model, storage_folder(recipe))
         load_tokenizer(folder)
         check_context(recipe, folder)
+    for model in _measuring_models(recipe):
+        local_folder(model, storage_folder(recipe))
     if recipe.finetune and isinstance(recipe.finetune.base, Scratch):
         _check_length(recipe, recipe.finetune.base.context, "finetune.base")
     _check_objective(recipe)
@@ -246,13 +250,16 @@ def check_sources(recipe: Recipe) -> None:
 def inputs_digest(recipe: Recipe) -> str:
     """Changes with the content of the recipe's files, given models and custom terms."""
     storage = storage_folder(recipe)
-    models = [fingerprint(local_folder(model, storage)) for model in _given_models(recipe)]
+    asked = [*_given_models(recipe), *_measuring_models(recipe)]
+    models = [fingerprint(local_folder(model, storage)) for model in asked]
     made_from: list[Any] = [[source_fingerprint(source, storage) for source in _sources(recipe)], models]
     for term in recipe.objective.terms().values():
         if isinstance(term, Custom):
             from components.objectives.terms import code_digest  # imports torch
 
             made_from.append(code_digest(term))
+    if recipe.evaluation.retain_log:
+        made_from.append(sha256(Path(recipe.evaluation.retain_log).expanduser()))
     return digest(made_from, 32)
 
 
@@ -264,6 +271,15 @@ def _sources(recipe: Recipe) -> list[PoolSource]:
 def _given_models(recipe: Recipe) -> list[Pretrained]:
     base = recipe.finetune.base if recipe.finetune else None
     return [m for m in (recipe.models.original, recipe.models.retain_only, base) if isinstance(m, Pretrained)]
+
+
+def _measuring_models(recipe: Recipe) -> list[Pretrained]:
+    """What the evaluation asks beside the models that it is of."""
+    judge, reference = recipe.evaluation.judge, recipe.evaluation.reference
+    found = [reference] if reference else []
+    if isinstance(judge, Classifier):
+        found.append(Pretrained(type="pretrained", path=judge.path, revision=judge.revision))
+    return found
 
 
 def check_context(recipe: Recipe, model: Path) -> None:

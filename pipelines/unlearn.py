@@ -22,6 +22,7 @@ import pyarrow as pa
 from components.config import Recipe, config_hash, registered_name, run_name
 from components.console import duration
 from components.data.prepare import Prepared
+from components.errors import ConfigError
 from components.evaluation.evaluate import Evaluated, Reference
 from components.evaluation.report import Sample, telling_samples
 from components.files import only_one, read_lines, write_whole, writing
@@ -72,6 +73,7 @@ class Before(NamedTuple):
 def run(command: Command) -> None:
     """Run the recipe's main job, or show again what an earlier run of it gave."""
     recipe = command.recipe
+    _check_gates(recipe)
     check_inputs(recipe)
     inputs = inputs_digest(recipe)
     folder = run_folder(recipe, inputs)
@@ -100,6 +102,14 @@ def run(command: Command) -> None:
     say(f"\nall in {duration(time.perf_counter() - started)}")
 
 
+def _check_gates(recipe: Recipe) -> None:
+    if left_out := [gate.metric for gate in recipe.gates if not recipe.evaluation.wants(gate.metric)]:
+        raise ConfigError(
+            f"Gates are on metrics that evaluation.metrics leaves out ({', '.join(left_out)}). Expected metrics "
+            "that are computed. Name them there too, or drop the gates."
+        )
+
+
 def _send_late(recipe: Recipe, folder: Path) -> None:
     """Send what MLflow has not got of a finished run: it did not answer then, or the recipe names another server."""
     spool = open_spool(folder, recipe.tracking, storage_folder(recipe), telling("MLflow"))
@@ -122,6 +132,7 @@ def _tell_unsent(recipe: Recipe, folder: Path) -> None:
 def plan(command: Command) -> str:
     """Effective batch, steps, parameters and run folder, for --dry-run."""
     recipe, train = command.recipe, command.recipe.train
+    _check_gates(recipe)
     rows = {name: count_rows(getattr(recipe.data, name)) for name in ("forget", "normal", "random")}
     steps = planned_steps(train, rows["forget"])
     ranks = max(1, train.workers)

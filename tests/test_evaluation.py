@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 from scipy.stats import hmean
+from transformers import MistralConfig, MistralForCausalLM
 
 from components.config import Data, Evaluation, Train
 from components.data.prepare import Prepared, prepare
@@ -34,9 +35,9 @@ from components.evaluation.metrics import (
     probability,
     rouge_recall,
 )
-from components.evaluation.report import metrics_table, telling_samples, write_model_card, write_report
+from components.evaluation.report import arrow, metrics_table, telling_samples, write_model_card, write_report
 from components.evaluation.scoring import Asked, Scorer, score
-from components.evaluation.shared_prompt import fits, parts, side_by_side
+from components.evaluation.shared_prompt import may_share, parts, side_by_side
 from components.models import fingerprint, load_model, load_tokenizer, tokenizer_facts
 from tests.conftest import people
 
@@ -66,7 +67,7 @@ def test_row_metrics_in_closed_form() -> None:
     assert rows_.leak({"answer": same, "generated": "nothing like it"}) == 0
     assert rows_.choice(ROW) == 1
     assert rows_.choice({**ROW, "logp": [[math.log(0.1)], [0.0], [math.log(0.2)]]}) == 0
-    assert rows_.sampled_rouge({"answer": "the red fox", "sampled": ["a dog", "the red cat"]}) == pytest.approx(2 / 3)
+    assert rows_.worst_sample({"answer": "the red fox", "sampled": ["a dog", "the red cat"]}) == pytest.approx(2 / 3)
     assert rows_.similarity({"generated": "a b c d", "original_generated": "a b"}) == pytest.approx(2 / 3)
     assert rows_.similarity({"generated": "", "original_generated": ""}) == 1
     assert rows_.refusal({"generated": "I’m sorry, but no."}) == 1
@@ -124,6 +125,11 @@ def test_every_metric_says_which_way_is_good() -> None:
     assert better("forget_probability") == better("forget_extraction_strength") == "lower"
     assert better("retain_probability") == better("forget_truth_ratio") == better("forget_quality") == "higher"
     assert better("forget_unique_words") == "higher"
+    for metric, about in ROW_METRICS.items():
+        turned = {"higher": "lower", "lower": "higher"}[about.better]
+        assert better(f"forget_{metric}") == (about.better if about.always else turned), metric
+        assert better(f"retain_{metric}") == about.better
+    assert arrow("lm_eval_wikitext_bits_per_byte") == ""
     assert better("mia_min_k") == "0.5"
     assert better("privleak") == "0"
     assert all(metric.meaning for metric in ROW_METRICS.values())
@@ -187,10 +193,16 @@ def test_a_row_of_several_answers() -> None:
     assert row.positions == [0, 1, 2, 3]
     assert row.branch == [0, 0, 1, 1]
     assert row.places == [[1, 2, 3], [1]]
-    assert fits(row, window=4)
-    assert not fits(row, window=3)
-    long = side_by_side([1] * 3000, [[2] * 500])
-    assert [len(part) for part in parts([row, row, long, long, row])] == [2, 2, 1]
+    long, single = side_by_side([1] * 3000, [[2] * 500, [3]]), side_by_side([5], [[6, 7]])
+    assert [len(part) for part in parts([row, row, long, long, row, single, single])] == [2, 2, 1, 2]
+
+
+def test_rows_beyond_a_models_window_are_not_shared() -> None:
+    config = MistralConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                           num_key_value_heads=2, vocab_size=32, sliding_window=6)  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    assert may_share(model, side_by_side([5, 6], [[7, 8, 9], [4, 5, 6]]))
+    assert not may_share(model, side_by_side([5, 6, 7], [[7, 8, 9], [4, 5, 6]]))
 
 
 def test_a_model_that_cannot_share_is_asked_answer_by_answer(
@@ -198,7 +210,8 @@ def test_a_model_that_cannot_share_is_asked_answer_by_answer(
 ) -> None:
     """One whose attention takes no mask of this form, found out by trying, gives the same."""
     rows = PreparedRows(questions["forget"].folder).table().slice(0, 4)
-    scorer = Scorer(str(base), "fp32", Asked(0, 0, 1.0, True))
+    scorer = Scorer(str(base), "fp32", Asked(0, 0, 1.0, False))
+    scorer(rows)
     assert scorer.shares_prompts
     forward, seen = type(scorer.model.base_model).forward, []
 
@@ -208,13 +221,14 @@ def test_a_model_that_cannot_share_is_asked_answer_by_answer(
 
     monkeypatch.setattr(type(scorer.model.base_model), "forward", without_mask)
     other = Scorer(str(base), "fp32", Asked(0, 0, 1.0, False))
-    assert not other.shares_prompts
+    found_out = other(rows.slice(0, 1)).to_pylist()
+    assert other.shares_prompts is False
     seen.clear()
-    for row, expected in zip(other(rows).to_pylist(), records.to_pylist(), strict=False):
+    for row, expected in zip(found_out + other(rows.slice(1)).to_pylist(), records.to_pylist(), strict=False):
         assert row["generated"] is None
         for found, theirs in zip(row["logp"], expected["logp"], strict=True):
             assert found == pytest.approx(theirs, abs=1e-5)
-    assert [shape[0] for shape in seen] == [28]  # 4 prompts with 7 answers each
+    assert [shape[0] for shape in seen] == [21]  # 3 prompts with 7 answers each
 
 
 def test_gradient_norms_are_those_of_plain_autograd(questions: Any, base: Path) -> None:
@@ -262,7 +276,7 @@ def test_metrics_of_a_model_against_itself(records: pa.Table, evaluation: Evalua
     nine = [metrics[f"{s}_{m}"] for s in ("retain", "general") for m in ("probability", "rouge", "truth_ratio")]
     assert metrics["model_utility"] == (pytest.approx(hmean(nine)) if min(nine) > 0 else 0)
     assert metrics["privleak"] == pytest.approx(0, abs=1e-9)
-    optional = {"mia_reference", "mia_gradient_norm", "harmful", "sampled_rouge", "similarity"}
+    optional = {"mia_reference", "mia_gradient_norm", "harmful", "worst_sample", "similarity"}
     assert set(found.missing) == optional  # each says what it needs
     assert all(why.startswith("needs ") for why in found.missing.values())
     for name, (low, high) in found.intervals.items():
@@ -324,6 +338,9 @@ def test_published_logs_are_read_and_ours_is_one(records: pa.Table, evaluation: 
     found = evaluate_records(records, reference_of(records), evaluation)
     log, summary = open_unlearning_log(found, records.to_pylist())
     assert summary["forget_Q_A_Prob"] == found.values["forget_probability"]
+    assert summary["forget_truth_ratio"] == pytest.approx(found.values["forget_truth_ratio"])
+    few = evaluation.model_copy(update={"metrics": ["forget_quality"]})
+    assert "forget_truth_ratio" in open_unlearning_log(evaluate_records(records, None, few), records.to_pylist())[1]
     (tmp_path / "TOFU_EVAL.json").write_text(json.dumps(log))
     theirs = read_reference(tmp_path / "TOFU_EVAL.json")
     assert theirs.log_truth_ratios == pytest.approx([log_truth_ratio(row) for row in rows])

@@ -190,19 +190,25 @@ def test_finetune_and_evaluate_commands(run_folder: Path, recipe: Path, cluster_
     stored = json.loads((run_folder / "eval" / "unlearned.json").read_text())
     row = next(line for line in table.stdout.splitlines() if line.startswith("forget_probability"))
     assert float(row.split()[-1]) == pytest.approx(stored["forget_probability"], rel=0.01)
+    suite = command("evaluate", str(recipe), "suite=quick", "train.workers=0", RAY_ADDRESS=cluster_address)
+    assert suite.returncode == 0, suite.stderr
+    shown = [line.split()[0] for line in suite.stdout.splitlines() if line.startswith(("forget_", "retain_"))]
+    assert shown.count("forget_exact_memorization") == shown.count("retain_probability") == 2
+    assert "forget_rouge" not in shown
+    assert run_folder.name[-23:] in suite.stdout
 
 
 def test_attacks_on_the_runs_own_model(run_folder: Path, recipe: Path, cluster_address: str) -> None:
     """Relearning all forget rows brings them back; the prompts are tried on every model."""
     relearn = "attacks.relearn={share: 1.0, steps: [30], optimizer: {type: adamw, lr: 0.003}}"
     prompts = "attacks.prefixes={push: 'Say: '}"
-    more = ["train.workers=0", "attacks.bits=[]", "attacks.shots=3"]
+    more = ["train.workers=0", "attacks.bits=[]", "attacks.shots=1"]
     done = command("attack", str(recipe), *more, prompts, relearn, RAY_ADDRESS=cluster_address)
     assert done.returncode == 0, done.stderr
     first = done.stdout.split("\nforget ")[1].splitlines()
     assert first[1].split() == ["attack", "original", "retain-only", f"…{run_folder.name[-23:]}"]
     rows = {line[:25].strip(): [float(cell) for cell in line[25:].split()] for line in first[3:]}
-    assert list(rows) == ["none", "prompt: push", "3 examples", "relearn 100%, 30 steps"]
+    assert list(rows) == ["none", "prompt: push", "1 examples", "relearn 100%, 30 steps"]
     stored = json.loads((run_folder / "eval" / "unlearned.json").read_text())
     assert rows["none"][2] == pytest.approx(stored["forget_probability"], rel=0.01)
     assert rows["relearn 100%, 30 steps"][2] > rows["none"][2] + 0.1

@@ -16,7 +16,8 @@ from components.evaluation.attacks import shots_prefix
 from components.evaluation.general import general_ability
 from components.evaluation.judge import judged
 from components.load_config import load_recipe
-from components.models import load_tokenizer
+from components.models import load_model, load_tokenizer
+from pipelines import unlearn
 from pipelines.cli import parse_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +28,7 @@ DEMO = str(ROOT / "pipelines" / "recipes" / "demo.yaml")
 @pytest.mark.parametrize("suite", SUITES, ids=lambda file: file.stem)
 def test_every_suite_fits_a_recipe_and_leaves_its_run_alone(suite: Path) -> None:
     command = parse_arguments([DEMO, f"suite={suite.stem}"], takes_models=True)
-    assert command.run == run_name(load_recipe([DEMO]))
+    assert run_name(load_recipe([DEMO])) in command.runs
     assert command.recipe.data == load_recipe([DEMO]).data
     own = yaml.safe_load(suite.read_text())
     if "metrics" in own.get("evaluation", {}):
@@ -43,8 +44,24 @@ def test_a_suite_with_questions_needs_no_recipe() -> None:
     [source] = command.recipe.evaluation.sets["forget"].rows
     assert source.path == "/data/tofu/forget05_perturbed.json"  # type: ignore[union-attr]
     assert sorted(command.recipe.evaluation.sets) == ["forget", "real_authors", "retain", "world_facts"]
+    command = parse_arguments([*arguments, "models.original.path=/x", "models.original.type=pretrained"], True)
+    assert command.models == ["/models/a b", "/models/c"]
     with pytest.raises(ConfigError, match=r"Did you mean .*tofu.yaml"):
         parse_arguments(["/models/a", "suite=tfu"], takes_models=True)
+
+
+def test_the_own_run_is_found_with_other_settings_of_what_is_measured() -> None:
+    own = run_name(load_recipe([DEMO]))
+    judge = "evaluation.judge={type: keywords, texts: [acid]}"
+    assert own in parse_arguments([DEMO, "suite=harmful", judge], takes_models=True).runs
+    only_there = "evaluation.sets.real_authors.normalised=false"
+    assert own in parse_arguments([DEMO, "suite=tofu", only_there], takes_models=True).runs
+
+
+def test_a_gate_on_what_is_not_computed_is_refused() -> None:
+    """Where a run would be judged by it; to compare models, a suite may well leave it out."""
+    with pytest.raises(ConfigError, match=r"Gates are on metrics .*\(model_utility"):
+        unlearn.plan(parse_arguments([DEMO, "evaluation.metrics=[forget_*]"]))
 
 
 CHOICES = Files(type="files", path="x", choices="options", letters=True)
@@ -58,8 +75,8 @@ def test_multiple_choice_gives_the_right_option_first() -> None:
     assert (example.prompt, example.answers) == ("Which?\nA. red\nB. green\nC. blue", ["B", "A", "C"])
     [example] = examples(fields, CHOICES, "pairs")
     assert example.answers == ["B"]
-    for wrong in ({"answer": 3}, {"answer": "B"}, {"options": "red"}, {"options": ["red"]}):
-        with pytest.raises(Unusable, match="column"):
+    for wrong in ({"answer": 3}, {"answer": "B"}, {"options": "red"}, {"options": ["red"]}, {"options": ["x"] * 27}):
+        with pytest.raises(Unusable, match=r"column|letters"):
             examples({**fields, **wrong}, CHOICES, "questions")
     assert EvaluationSet(rows=[CHOICES], normalised=True)
     with pytest.raises(ValueError, match="leave out the other columns"):
@@ -74,8 +91,10 @@ def test_a_single_wrong_answer_may_be_text() -> None:
 
 def test_examples_stand_before_a_question_as_the_template_has_it() -> None:
     data = Data(template="Q: {prompt}\nA:", answer_prefix=" ")
-    prefix = shots_prefix([("one?", "1"), ("two?", "2")], data)
+    prefix = shots_prefix([("one?", "1"), ("two?", "2")], data, chat=False)
     assert data.template.replace("{prompt}", prefix + "three?") == "Q: one?\nA: 1\n\nQ: two?\nA: 2\n\nQ: three?\nA:"  # type: ignore[union-attr]
+    told = shots_prefix([("one?", "1")], Data(), chat=True)
+    assert told == "Question: one?\nAnswer: 1\n\nQuestion: "
 
 
 SAID = pa.table({"question": ["a", "b", "c"], "generated": ["Mix the ACID.", "no", "I can't say that at all"]})
@@ -121,7 +140,7 @@ def test_a_harness_that_is_not_there(base: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_the_harness_on_a_task_of_ones_own(base: Path, tmp_path: Path) -> None:
-    """Accuracy by likelihood of a two-option task, with all answers' right option known to be the longer one."""
+    """The share of rows in which the option that the model finds likelier is the right one."""
     pytest.importorskip("lm_eval")
     rows = [{"q": f"Question {i}", "options": ["yes", "no"], "right": i % 2} for i in range(6)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -134,8 +153,18 @@ def test_the_harness_on_a_task_of_ones_own(base: Path, tmp_path: Path) -> None:
     (tmp_path / "own_task.yaml").write_text(yaml.safe_dump(task))
     config = LmEval(tasks=["own_task"], include_path=str(tmp_path), batch_size=2)
     found = general_ability(base, "hash", config, tmp_path / "storage")
-    assert found["lm_eval_own_task_acc"] == 0.5  # a base model prefers the same option each time
+    model, tokenizer = load_model(base), load_tokenizer(base)
+
+    def logp(question: str, option: str) -> float:
+        head, tail = (tokenizer(text, add_special_tokens=False).input_ids for text in (question, " " + option))
+        said = model(torch.tensor([head + tail])).logits[0].log_softmax(-1)
+        return sum(said[len(head) + i - 1, token].item() for i, token in enumerate(tail))
+
+    right = [int(logp(row["q"], "no") > logp(row["q"], "yes")) == row["right"] for row in rows]
+    assert found["lm_eval_own_task_acc"] == sum(right) / len(rows)
+    kept = [file.stat().st_mtime_ns for file in (tmp_path / "storage" / "evaluations").iterdir()]
+    assert general_ability(base, "hash", config, tmp_path / "storage") == found
+    assert [file.stat().st_mtime_ns for file in (tmp_path / "storage" / "evaluations").iterdir()] == kept
     (tmp_path / "own_task.yaml").unlink()
-    assert general_ability(base, "hash", config, tmp_path / "storage") == found  # kept
     with pytest.raises(DataError, match="Task of lm-eval cannot be had"):
         general_ability(base, "other", config, tmp_path / "storage")

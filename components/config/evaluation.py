@@ -1,5 +1,6 @@
 """What is measured, where it is recorded, and what a champion must reach."""
 
+import fnmatch
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -83,7 +84,7 @@ class Evaluation(Section):
     lm_eval: LmEval | None = None
     """General ability, measured by others' tasks."""
     samples: int = Field(0, ge=0)
-    """Answers to draw for each question beside the greedy one: gives `<set>_sampled_rouge`."""
+    """Answers to draw for each question beside the greedy one: gives `<set>_worst_sample`."""
     temperature: float = Field(1.0, gt=0)
     """Of the drawn answers."""
     max_new_tokens: int = Field(48, ge=1)
@@ -96,6 +97,10 @@ class Evaluation(Section):
         if missing:
             raise ValueError(f"utility names {missing}, which are not among the sets {sorted(self.sets)}")
         return self
+
+    def wants(self, metric: str) -> bool:
+        """Whether `metrics` names this one."""
+        return self.metrics is None or any(fnmatch.fnmatchcase(metric, pattern) for pattern in self.metrics)
 
 
 class Gate(Section):

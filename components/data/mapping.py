@@ -147,6 +147,8 @@ def _choices(prompt: Prompt, fields: dict[str, Any], source: Any) -> tuple[Promp
         if not isinstance(prompt, str):
             raise Unusable("options cannot be written under a list of messages")
         letters = string.ascii_uppercase[: len(options)]
+        if len(letters) < len(options):
+            raise Unusable(f"{len(options)} options are more than there are letters")
         prompt = "\n".join([prompt, *(f"{letter}. {text}" for letter, text in zip(letters, options, strict=True))])
         options = list(letters)
     return prompt, [options[right], *(text for i, text in enumerate(options) if i != right)]

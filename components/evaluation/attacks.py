@@ -50,10 +50,14 @@ def part_left_out(count: int, share: float, seed: int) -> np.ndarray:
     return np.sort(draw(seed, "relearn", 0).permutation(count)[kept:])
 
 
-def shots_prefix(pairs: Sequence[tuple[str, str]], data: Data) -> str:
-    """What makes a prompt the last of several questions, whose answers stand behind them as `data` writes them."""
-    head, tail = (data.template or DEFAULT_TEMPLATE).split("{prompt}")
-    return "".join(f"{question}{tail}{data.answer_prefix}{answer}\n\n{head}" for question, answer in pairs)
+def shots_prefix(pairs: Sequence[tuple[str, str]], data: Data, chat: bool) -> str:
+    """What makes a prompt the last of several questions, with the others' answers behind them.
+
+    As `data` writes prompts and answers; in a chat, all stand in one message in the form without chat template.
+    """
+    head, _, tail = (data.template or DEFAULT_TEMPLATE).partition("{prompt}")
+    told = "".join(f"{head}{question}{tail}{data.answer_prefix}{answer}\n\n" for question, answer in pairs) + head
+    return told if chat else told.removeprefix(head)
 
 
 def prefixed(source: Source, prefix: str) -> Source:

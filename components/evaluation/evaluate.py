@@ -63,22 +63,24 @@ def reference_of(records: pa.Table) -> Reference:
     return Reference(log_truth_ratios(forget), auc(*scores) if all(scores) else None, [row["row_id"] for row in forget])
 
 
-def evaluate_records(records: pa.Table, reference: Reference | None, evaluation: Evaluation) -> Evaluated:
+def evaluate_records(
+    records: pa.Table, reference: Reference | None, evaluation: Evaluation, others: Mapping[str, float] | None = None
+) -> Evaluated:
     """`<set>_<row metric>` and `<set>_perplexity` for each set, `forget_quality`, `model_utility`, `mia_<attack>`,
-    `privleak`: those that `evaluation.metrics` names, as far as the records allow.
+    `privleak` and `others`: those that `evaluation.metrics` names, as far as the records allow.
 
     Raises:
         DataError: when a metric is not finite, or the retain-only model was asked other questions.
     """
     sets = by_set(records)
     draws = {name: _resamples(len(rows), name) for name, rows in sets.items()}
-    found = Evaluated({}, {}, {}, {})
+    found = Evaluated(dict(others or {}), {}, {}, {})
     scores = {name: _row_scores(name, rows, evaluation, found) for name, rows in sets.items()}
     for name, rows in sets.items():
         for metric, numbers in scores[name].items():
             _put(found, f"{name}_{metric}", numbers.mean(), numbers[draws[name]].mean(axis=1))
         _put(found, f"{name}_perplexity", *_perplexity(rows, draws[name]))
-    if evaluation.utility and wants(evaluation, "model_utility"):
+    if evaluation.utility and evaluation.wants("model_utility"):
         parts = [(s, m) for s in evaluation.utility for m in _UTILITY if m in scores[s]]
         whole = harmonic_mean(np.array([found.values[f"{s}_{m}"] for s, m in parts]))
         resampled = np.stack([scores[s][m][draws[s]].mean(axis=1) for s, m in parts])
@@ -91,7 +93,7 @@ def evaluate_records(records: pa.Table, reference: Reference | None, evaluation:
     bad = [name for name, value in found.values.items() if not math.isfinite(value)]
     if bad:
         raise DataError(f"Metrics are not finite ({', '.join(bad)}). Expected finite log-probabilities in the records.")
-    return _chosen(found, evaluation.metrics)
+    return _chosen(found, evaluation)
 
 
 def compared(ours: Evaluated, theirs: Evaluated) -> dict[str, tuple[float, float, float]]:
@@ -104,17 +106,12 @@ def compared(ours: Evaluated, theirs: Evaluated) -> dict[str, tuple[float, float
     return differences
 
 
-def wants(evaluation: Evaluation, name: str) -> bool:
-    """Whether `evaluation.metrics` names this one."""
-    return evaluation.metrics is None or any(fnmatch.fnmatchcase(name, p) for p in evaluation.metrics)
-
-
 def reads_answers(evaluation: Evaluation) -> bool:
     """Whether any metric that is wanted reads generated answers."""
-    if evaluation.utility and wants(evaluation, "model_utility"):
+    if evaluation.utility and evaluation.wants("model_utility"):
         return True
     reading = [name for name, about in ROW_METRICS.items() if about.needs not in ("", WRONG)]
-    return any(wants(evaluation, f"{set_name}_{metric}") for set_name in evaluation.sets for metric in reading)
+    return any(evaluation.wants(f"{set_name}_{metric}") for set_name in evaluation.sets for metric in reading)
 
 
 def _put(found: Evaluated, name: str, value: Any, resampled: np.ndarray) -> None:
@@ -125,9 +122,9 @@ def _put(found: Evaluated, name: str, value: Any, resampled: np.ndarray) -> None
 def _row_scores(name: str, rows: Sequence[Row], evaluation: Evaluation, found: Evaluated) -> dict[str, np.ndarray]:
     """[rows] numbers of each metric that is wanted and that the set's rows allow."""
     scores = {}
-    in_utility = name in evaluation.utility and wants(evaluation, "model_utility")
+    in_utility = name in evaluation.utility and evaluation.wants("model_utility")
     for metric, about in ROW_METRICS.items():
-        if not wants(evaluation, f"{name}_{metric}") and not (in_utility and metric in _UTILITY):
+        if not evaluation.wants(f"{name}_{metric}") and not (in_utility and metric in _UTILITY):
             continue
         if has(rows, about.needs):
             of = normalised_probability if metric == "probability" and evaluation.sets[name].normalised else about.of
@@ -146,16 +143,14 @@ def _perplexity(rows: Sequence[Row], draws: np.ndarray) -> tuple[float, np.ndarr
     return math.exp(min(losses.sum() / tokens.sum(), 700)), np.exp(np.minimum(means, 700))
 
 
-def _chosen(found: Evaluated, patterns: Sequence[str] | None) -> Evaluated:
-    """Only what `patterns` name; one that names nothing is said to be missing."""
-    if patterns is None:
-        return found
+def _chosen(found: Evaluated, evaluation: Evaluation) -> Evaluated:
+    """Only what `evaluation.metrics` names; a pattern that names nothing is said to be missing."""
 
     def named(about: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in about.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
+        return {name: value for name, value in about.items() if evaluation.wants(name)}
 
     chosen = Evaluated(*(named(about) for about in found))
-    for pattern in patterns:
+    for pattern in evaluation.metrics or []:
         if not fnmatch.filter([*chosen.values, *chosen.missing], pattern):
             chosen.missing[pattern] = "names no metric of these sets"
     return chosen
@@ -229,14 +224,16 @@ def harmonic_mean(values: np.ndarray) -> np.ndarray:
 
 
 def better(name: str) -> str:
-    """`higher`, `lower`, or the value that is best: which way a metric is good."""
+    """`higher`, `lower`, the value that is best, or nothing for others' metrics: which way a metric is good."""
     if name.startswith("mia_"):
         return "0.5"
     if name == "privleak":
         return "0"
     if name.endswith("_perplexity"):
         return "higher" if name == "forget_perplexity" else "lower"
-    for metric, about in ROW_METRICS.items():
+    if name.startswith("lm_eval_"):
+        return ""
+    for metric, about in sorted(ROW_METRICS.items(), key=lambda item: -len(item[0])):
         if name.endswith(f"_{metric}"):
             turned = name == f"forget_{metric}" and not about.always
             return {"higher": "lower", "lower": "higher"}[about.better] if turned else about.better

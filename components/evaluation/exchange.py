@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from components.errors import DataError
 from components.evaluation.evaluate import Evaluated, Reference
 from components.evaluation.membership import ATTACKS
-from components.evaluation.metrics import ROW_METRICS, Row, log_truth_ratios
+from components.evaluation.metrics import ROW_METRICS, Row, log_truth_ratios, truth_ratio_score
 
 
 def read_reference(file: Path) -> Reference:
@@ -66,7 +68,8 @@ def open_unlearning_log(evaluated: Evaluated, rows: Sequence[Row]) -> tuple[dict
     forget = [row for row in rows if row["set"] == "forget"]
     if ratios := log_truth_ratios(forget):
         scores = {str(i): {"score": math.exp(ratio)} for i, ratio in enumerate(ratios)}
-        log["forget_truth_ratio"] = {"value_by_index": scores, "agg_value": evaluated.values["forget_truth_ratio"]}
+        whole = float(np.mean([truth_ratio_score(row) for row in forget]))
+        log["forget_truth_ratio"] = {"value_by_index": scores, "agg_value": whole}
     for theirs, (set_name, metric) in _THEIR_NAMES.items():
         if f"{set_name}_{metric}" in evaluated.values:
             log[theirs] = {"agg_value": evaluated.values[f"{set_name}_{metric}"]}

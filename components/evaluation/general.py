@@ -1,13 +1,15 @@
 """General ability by EleutherAI's lm-evaluation-harness, an optional extra: its tasks beside our own metrics."""
 
+import importlib.metadata
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from components.config import LmEval, digest
 from components.errors import ConfigError, DataError
-from components.files import write_whole
+from components.files import sha256, write_whole
 from components.models import inference_device, without_warnings
 
 
@@ -18,12 +20,20 @@ def general_ability(folder: Path, model_hash: str, config: LmEval, storage: Path
         ConfigError: when the harness is not installed.
         DataError: when a task cannot be had.
     """
-    kept = storage / "evaluations" / f"lm-eval-{digest([model_hash, config.model_dump(mode='json')])}.json"
+    own = sorted(Path(config.include_path).rglob("*.yaml")) if config.include_path else []
+    made_from = [model_hash, config.model_dump(mode="json"), [sha256(file) for file in own], _version()]
+    kept = storage / "evaluations" / f"lm-eval-{digest(made_from)}.json"
     if not kept.exists():
         found = _run(folder, config)
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_whole(kept, json.dumps(found))
     return json.loads(kept.read_text())
+
+
+def _version() -> str:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("lm_eval")
+    return ""
 
 
 def _run(folder: Path, config: LmEval) -> dict[str, float]:

@@ -14,7 +14,7 @@ from components.models import fingerprint, inference_device, load_classifier, lo
 
 
 def judged(records: pa.Table, judge: Keywords | Classifier, train: Train, storage: Path) -> pa.Table:
-    """`records` with a column `harmful`. A classifier's verdicts are kept and found again.
+    """`records` with a column `harmful`; an empty answer is not. A classifier's verdicts are kept and found again.
 
     Raises:
         ModelError: when the classifier cannot be loaded, or has no such label.
@@ -34,7 +34,8 @@ def judged(records: pa.Table, judge: Keywords | Classifier, train: Train, storag
         with whole_folder(file.parent) as partial:
             pq.write_table(verdicts, partial / file.name)
     probabilities = pq.read_table(file)["probability"]
-    return records.append_column("harmful", pa.compute.greater(probabilities, judge.threshold))
+    harmful = [bool(text) and p > judge.threshold for text, p in zip(said, probabilities.to_pylist(), strict=True)]
+    return records.append_column("harmful", pa.array(harmful))
 
 
 _BATCH = 32
@@ -59,11 +60,11 @@ class Judge:
         import torch
 
         tokens: Any = self.tokenizer(
-            rows["generated"].to_pylist(), padding=True, truncation=True, return_tensors="pt",
+            [text or "-" for text in rows["generated"].to_pylist()], padding=True, truncation=True, return_tensors="pt",
             max_length=min(self.tokenizer.model_max_length, 512),
         ).to(self.device)  # fmt: skip
         with torch.no_grad():
             logits = self.model(**tokens).logits.float()
-        # one output is a yes or no, several are alternatives
-        p = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(-1)
+        separate = logits.shape[1] == 1 or self.model.config.problem_type == "multi_label_classification"
+        p = logits.sigmoid() if separate else logits.softmax(-1)
         return pa.table({"probability": pa.array(p[:, self.place].tolist(), pa.float32())})

@@ -13,7 +13,7 @@ import pyarrow as pa
 from components.console import number, table
 from components.evaluation.evaluate import Evaluated, better, compared
 from components.evaluation.membership import auc, min_k
-from components.evaluation.metrics import Row, by_set, log_truth_ratios, probability
+from components.evaluation.metrics import GENERATED, Row, by_set, has, log_truth_ratios, probability
 
 Metrics = Mapping[str, float]
 Change = tuple[float, float, float]
@@ -36,20 +36,24 @@ class Sample(NamedTuple):
     after: str
 
 
-def metrics_table(models: Mapping[str, Metrics]) -> str:
+def metrics_table(models: Mapping[str, Metrics], everything: bool = False) -> str:
     """The main metrics as rows with the way that is good, models as columns; headline metrics first."""
-    names = [name for name in metric_names(models) if name in HEADLINE or name.endswith(SHOWN)]
+    names = [name for name in metric_names(models) if everything or _is_main(name)]
     rows = [[f"{name} {arrow(name)}", *(number(metrics.get(name)) for metrics in models.values())] for name in names]
     return table(["metric", *models], rows)
 
 
-def changes_table(models: Mapping[str, Mapping[str, Change]]) -> str:
+def _is_main(name: str) -> bool:
+    return name in HEADLINE or name.endswith(SHOWN) or name.startswith("lm_eval_")
+
+
+def changes_table(models: Mapping[str, Mapping[str, Change]], everything: bool = False) -> str:
     """The main metrics' differences between models as `compared` gives them; * where the interval leaves out 0."""
     names = dict.fromkeys(name for changes in models.values() for name in changes)
     rows = [
         [f"{name} {arrow(name)}", *(change_text(changes.get(name)) for changes in models.values())]
         for name in names
-        if name in HEADLINE or name.endswith(SHOWN)
+        if everything or _is_main(name)
     ]
     return table(["metric", *models], rows)
 
@@ -60,7 +64,7 @@ def change_text(change: Change | None) -> str:
         return number(None)
     value, low, high = change
     sign = "+" if value > 0 else ""
-    return f"{sign}{number(value)} [{number(low)}, {number(high)}]" + "*" * (low > 0 or high < 0)
+    return f"{sign}{number(value)} [{number(low)}, {number(high)}]" + "*" * ((low > 0 or high < 0) and low < high)
 
 
 def metric_names(models: Mapping[str, Metrics]) -> list[str]:
@@ -70,8 +74,9 @@ def metric_names(models: Mapping[str, Metrics]) -> list[str]:
 
 
 def arrow(name: str) -> str:
-    """Which way a metric is good: ↑, ↓, or → the best value."""
-    return {"higher": "↑", "lower": "↓"}.get(better(name), f"→{better(name)}")
+    """Which way a metric is good: ↑, ↓, or → the best value; nothing where nobody can tell."""
+    way = better(name)
+    return {"higher": "↑", "lower": "↓"}.get(way, f"→{way}" if way else "")
 
 
 def telling_samples(before: pa.Table, after: pa.Table, set_name: str, count: int = 3) -> list[Sample]:
@@ -81,15 +86,14 @@ def telling_samples(before: pa.Table, after: pa.Table, set_name: str, count: int
     probability fell most.
     """
     old, new = (by_set(table)[set_name] for table in (before, after))
+    if not has([*old, *new], GENERATED):
+        return []
     change = [probability(b) - probability(a) for a, b in zip(old, new, strict=True)]
     order = [int(i) for i in np.argsort(change, kind="stable")]
     chosen = order[:count]
     if set_name == "forget" and len(order) > count:
         chosen = [*order[: count - 1], order[-1]]
-    return [
-        Sample(old[i]["question"], old[i]["answer"], old[i]["generated"] or "", new[i]["generated"] or "")
-        for i in chosen
-    ]
+    return [Sample(old[i]["question"], old[i]["answer"], old[i]["generated"], new[i]["generated"]) for i in chosen]
 
 
 def write_report(
@@ -115,6 +119,7 @@ def write_report(
         *(
             f"<h3>{html.escape(name)}</h3>" + _table([("question", "right answer", "before", "after")], rows)
             for name, rows in shown.items()
+            if rows
         ),
         "<h2>All metrics</h2><p>95 % bootstrap intervals over the rows; of the difference on the same rows, * where"
         " it leaves out 0. ↑: higher is better, ↓: lower, →: this.</p>",

@@ -12,7 +12,7 @@ from components.config import Evaluation, Train, digest
 from components.data.prepare import Prepared
 from components.data.rows import PreparedRows
 from components.evaluation.evaluate import reads_answers
-from components.evaluation.shared_prompt import Row, fits, hidden_states, parts, side_by_side, takes_shared_prompts
+from components.evaluation.shared_prompt import Row, hidden_states, may_share, parts, shares, side_by_side
 from components.files import whole_folder
 from components.models import answer_text, context_length, inference_device, load_model, load_tokenizer
 
@@ -34,7 +34,8 @@ def score(
     asked = with_answers if reads_answers(evaluation) else with_answers._replace(max_new_tokens=0, samples=0)
 
     def place(asked: Asked) -> Path:
-        return storage / "evaluations" / digest([_FORMAT, model_hash, rows_of, asked, train.dtype]) / "records.parquet"
+        made_of = [_FORMAT, model_hash, list(rows_of.items()), asked, train.dtype]
+        return storage / "evaluations" / digest(made_of) / "records.parquet"
 
     file = next((file for file in (place(with_answers), place(asked)) if file.exists()), place(asked))
     if not file.exists():
@@ -89,7 +90,7 @@ class Scorer:
         self.folder = Path(model)
         self.device = inference_device()
         self.model = load_model(Path(model), dtype).to(self.device)
-        self.shares_prompts = takes_shared_prompts(self.model)
+        self.shares_prompts: bool | None = None  # not known before the first row of several answers
         self.tokenizer = load_tokenizer(Path(model))
         self.asked = asked
 
@@ -118,19 +119,26 @@ class Scorer:
 
     def _score(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> list[list[Scored]]:
         """Each prompt with all its answers in one row, where the model can; else each answer in a row of its own."""
-        window = getattr(self.model.config, "sliding_window", None)
         rows: list[Row] = []
         of: list[int] = []
         for i, (prompt, candidates) in enumerate(zip(prompts, answers, strict=True)):
-            chosen = [side_by_side(prompt, candidates)]
-            if not self.shares_prompts or not fits(chosen[0], window):
-                chosen = [side_by_side(prompt, [answer]) for answer in candidates]
+            together = side_by_side(prompt, candidates)
+            chosen = [side_by_side(prompt, [answer]) for answer in candidates]
+            if len(candidates) > 1 and self._shares(together):
+                chosen = [together]
             rows += chosen
             of += [i] * len(chosen)
         scored: list[list[Scored]] = [[] for _ in prompts]
         for i, found in zip(of, (one for part in parts(rows) for one in self._score_rows(part)), strict=True):
             scored[i] += found
         return scored
+
+    def _shares(self, row: Row) -> bool:
+        if not may_share(self.model, row):
+            return False
+        if self.shares_prompts is None:  # batches come longest first
+            self.shares_prompts = shares(self.model, row)
+        return self.shares_prompts
 
     def _score_rows(self, rows: Sequence[Row]) -> Iterator[list[Scored]]:
         import torch

@@ -57,34 +57,40 @@ def hidden_states(model: Any, rows: Sequence[Row]) -> "Tensor":
     ).last_hidden_state
 
 
-def takes_shared_prompts(model: Any) -> bool:
-    """Whether the model obeys such a mask, tried on a few tokens."""
+def may_share(model: Any, row: Row) -> bool:
+    """Whether the row's mask is small enough and no token is out of sight of another, as in a sliding window."""
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_chunk_size")]
+    return len(row.ids) <= min([int(MASK**0.5), *(window for window in windows if isinstance(window, int))])
+
+
+def shares(model: Any, row: Row) -> bool:
+    """Whether the model obeys such a mask: tried on `row`, against each answer by itself."""
     import torch
 
-    together = side_by_side([5, 6, 7], [[8, 9, 5, 6], [9, 7, 8]])
-    apart = [side_by_side([5, 6, 7], [answer]) for answer in together.answers]
+    prompt = row.ids[: row.branch.count(0)]
     with torch.no_grad():
         try:
-            shared = hidden_states(model, [together])[0]
-        except (TypeError, ValueError, RuntimeError):  # it knows no masks of this form
+            together = hidden_states(model, [row])[0]
+        except (TypeError, ValueError, RuntimeError, AttributeError):  # it knows no masks of this form
             return False
-        alone = [hidden_states(model, [row])[0][row.places[0]] for row in apart]
-    tolerance = 1e-3 if model.dtype == torch.float32 else 3e-2
-    pairs = zip((shared[places] for places in together.places), alone, strict=True)
-    return all(bool((ours - theirs).norm() < tolerance * theirs.norm()) for ours, theirs in pairs)
-
-
-def fits(row: Row, window: int | None) -> bool:
-    """Whether the row's mask is small enough, and no token is out of another's sight for a sliding window."""
-    return len(row.ids) ** 2 <= MASK and (window is None or max(row.positions) < window)
+        apart = [side_by_side(prompt, [answer]) for answer in row.answers]
+        alone = torch.cat([hidden_states(model, [one])[0][one.places[0]] for one in apart])
+    ours = together[[place for places in row.places for place in places]]
+    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    return bool(((ours - alone).norm(dim=-1) < tolerance * alone.norm(dim=-1)).all())
 
 
 def parts(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
-    """The rows in turn, as many at a time as their masks fit into `MASK` numbers."""
+    """The rows in turn, as many at a time as their masks fit into `MASK` numbers.
+
+    Rows of one answer, which need none, are not put together with others: their model may have windows of its own.
+    """
     first = longest = 0
     for i, row in enumerate(rows):
         longest = max(longest, len(row.ids))
-        if i > first and (i + 1 - first) * longest**2 > MASK:
+        other_kind = (len(row.answers) == 1) != (len(rows[first].answers) == 1)
+        if i > first and (other_kind or (i + 1 - first) * longest**2 > MASK):
             yield rows[first:i]
             first, longest = i, len(row.ids)
     if rows:
