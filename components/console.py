@@ -1,6 +1,9 @@
 """What a person sees: progress lines, tables that fit a terminal, short numbers."""
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -54,3 +57,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join(cells).rstrip()
 
     return "\n".join([line(header), line(["-" * w for w in widths]), *map(line, rows)])
+
+
+@contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Inside, nothing reaches the terminal by the file descriptor of stderr, as C++ and subprocesses write to it."""
+    sys.stderr.flush()
+    with open(os.devnull, "w") as nothing:
+        kept = os.dup(2)
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from components.config import Recipe, run_name
-from components.console import progress_line
+from components.console import progress_line, silent_stderr
 from components.errors import ClusterError, ConfigError, Stopped, own_error
 from components.files import refused
 from components.load_config import load_recipe
@@ -178,7 +178,7 @@ def ray_session() -> Iterator[None]:
     options: Any = {} if address else {"include_dashboard": False}
     try:
         # Progress comes through files that the driver follows, so workers need not print here.
-        with _silent_stderr():
+        with silent_stderr():
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         raise ClusterError(
@@ -191,20 +191,6 @@ def ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Ray's C++ part writes to the file descriptor itself: there it announces that it will be quiet."""
-    sys.stderr.flush()
-    with open(os.devnull, "w") as nothing:
-        kept = os.dup(2)
-        os.dup2(nothing.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 def _quiet_driver() -> None:

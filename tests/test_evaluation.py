@@ -389,7 +389,7 @@ def test_report_and_card_are_whole(records: pa.Table, evaluation: Evaluation, tm
     write_report(tmp_path / "r.html", "a <run>", {"command": "x"}, models, tables, lines, shown, gates)
     page = (tmp_path / "r.html").read_text()
     assert "a &lt;run&gt;" in page
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 1 + 2 + 3
     assert "http" not in page.replace('http-equiv="', "")  # nothing is fetched from outside
     assert shown["forget"][0].question in page
     assert "needs &lt;y&gt;" in page

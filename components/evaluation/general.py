@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from components.config import LmEval, digest
+from components.console import silent_stderr
 from components.errors import ConfigError, DataError
 from components.files import sha256, write_whole
 from components.models import inference_device, without_warnings
@@ -49,11 +50,12 @@ def _run(folder: Path, config: LmEval) -> dict[str, float]:
         ) from error
     try:
         manager = TaskManager(include_path=config.include_path)
-        outcome: Any = lm_eval.simple_evaluate(
-            model="hf", model_args={"pretrained": str(folder), "trust_remote_code": False}, tasks=list(config.tasks),
-            num_fewshot=config.shots, limit=config.limit, batch_size=config.batch_size, log_samples=False,
-            device=str(inference_device()), task_manager=manager,
-        )  # fmt: skip
+        with without_warnings(), silent_stderr():  # a bar for each of its phases
+            outcome: Any = lm_eval.simple_evaluate(
+                model="hf", model_args={"pretrained": str(folder), "trust_remote_code": False},
+                tasks=list(config.tasks), num_fewshot=config.shots, limit=config.limit, batch_size=config.batch_size,
+                log_samples=False, device=str(inference_device()), task_manager=manager,
+            )  # fmt: skip
     except (OSError, ValueError, KeyError) as error:  # data sets are fetched by the harness
         raise DataError(
             f"Task of lm-eval cannot be had (tasks={list(config.tasks)}): {type(error).__name__} {str(error)[:300]}. "

@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from components.console import number, table
 from components.evaluation.evaluate import Evaluated, better, compared
-from components.evaluation.membership import auc, min_k
-from components.evaluation.metrics import GENERATED, Row, by_set, has, log_truth_ratios, probability
+from components.evaluation.metrics import GENERATED, by_set, has, probability
+from components.evaluation.plots import curves, plane, told_apart
 
 Metrics = Mapping[str, float]
 Change = tuple[float, float, float]
@@ -21,6 +21,7 @@ Change = tuple[float, float, float]
 
 HEADLINE = ("forget_quality", "model_utility")
 SHOWN = ("_probability", "_rouge", "_exact_match", "_truth_ratio", "mia_min_k", "privleak")  # in a terminal
+_GATE_HEAD = ("metric", "value", "condition", "bound", "outcome")
 NOTE = (
     "Unlearning lowers the measured probability of the forget answers. It does not prove that every trace is gone: "
     "other phrasings, further training or access to the weights may bring parts of them back."
@@ -70,7 +71,8 @@ def change_text(change: Change | None) -> str:
 def metric_names(models: Mapping[str, Metrics]) -> list[str]:
     """Every metric that some model has, the headline ones first."""
     names = dict.fromkeys(name for metrics in models.values() for name in metrics)
-    return [name for name in HEADLINE if name in names] + [name for name in names if name not in HEADLINE]
+    first = [*HEADLINE, "forget_quality_log10"]
+    return [name for name in first if name in names] + [name for name in names if name not in first]
 
 
 def arrow(name: str) -> str:
@@ -109,11 +111,13 @@ def write_report(
     headline = [name for name in metric_names(values) if name in HEADLINE]
     sections = [
         f"<h1>{html.escape(title)}</h1>",
-        _table([("", *models)], [[n, *(number(m.get(n)) for m in values.values())] for n in headline]),
-        "<h2>Gates</h2>" + _table([("metric", "value", "condition", "bound", "outcome")], gates) if gates else "",
-        f"<h2>Forgetting against utility</h2>{_figure(_plane(values))}",
-        f"<h2>Can it be told that something was forgotten?</h2>{_figure(_told_apart(records))}" if records else "",
-        f"<h2>Course of training</h2>{_figure(_curves(lines))}" if lines else "",
+        _table([("", *models)], [[n, *(number(m.get(n)) for m in values.values())] for n in headline], "numbers"),
+        "<h2>Gates</h2>" + _table([("metric", "value", "condition", "bound", "outcome")], gates, "numbers")
+        if gates
+        else "",
+        f"<h2>Forgetting against utility</h2>{_figures(plane(values))}",
+        f"<h2>Can it be told that something was forgotten?</h2>{_figures(told_apart(records))}" if records else "",
+        f"<h2>Course of training</h2>{_figures(curves(lines))}" if lines else "",
         "<h2>Answers before and after</h2><p>Forget: the most changed and, last, the least changed; other sets: those "
         "whose right answer became least likely.</p>",
         *(
@@ -126,6 +130,7 @@ def write_report(
         _table(
             [("", "", *models, *(["unlearned − original"] if changes else []))],
             [_metric_row(name, models, changes) for name in metric_names(values)],
+            "numbers",
         ),
         "<p>Not computed:</p>" + _table([], list(missing.items())) if missing else "",
         "<h2>How this was made</h2>" + _table([], list(facts.items())),
@@ -147,11 +152,16 @@ def write_model_card(file: Path, title: str, facts: Mapping[str, str], models: M
     )
 
 
-def _table(head: Sequence[Sequence[str]], rows: Sequence[Sequence[str]]) -> str:
+def _table(head: Sequence[Sequence[str]], rows: Sequence[Sequence[str]], kind: str = "texts") -> str:
     def cells(row: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>"
 
-    return "<table>" + "".join(cells(r, "th") for r in head) + "".join(cells(r, "td") for r in rows) + "</table>"
+    return (
+        f'<table class="{kind}">'
+        + "".join(cells(r, "th") for r in head)
+        + "".join(cells(r, "td") for r in rows)
+        + "</table>"
+    )
 
 
 def _metric_row(name: str, models: Mapping[str, Evaluated], changes: Mapping[str, Change]) -> list[str]:
@@ -163,98 +173,14 @@ def _metric_row(name: str, models: Mapping[str, Evaluated], changes: Mapping[str
     return [name, arrow(name), *cells, *([change_text(changes.get(name))] if changes else [])]
 
 
-def _told_apart(records: Mapping[str, pa.Table]) -> Any:
-    """Truth ratios of the forget rows with the largest distance to retain-only's, and the ROC of min-k."""
-    from matplotlib.figure import Figure
-
-    of = {name: by_set(table) for name, table in records.items()}
-    figure = Figure(figsize=(9.2, 3.8))
-    left, right = figure.subplots(1, 2)
-    for name, sets in of.items():
-        forget = sets.get("forget", [])
-        if found := log_truth_ratios(forget):
-            ratios = np.sort(found)
-            left.step(ratios, np.arange(1, len(ratios) + 1) / len(ratios), where="post", label=name)
-        members, others = (np.array([min_k(row) for row in sets.get(s, [])]) for s in ("forget", "holdout"))
-        if len(members) and len(others):
-            limits = np.sort(np.concatenate([members, others, [-np.inf]]))[::-1]
-            rates = [(np.mean(members > limit), np.mean(others > limit)) for limit in limits]
-            right.plot(*zip(*rates, strict=True), label=f"{name}, AUC {auc(members, others):.2f}")
-    _mark_distance(left, of)
-    left.set_xlabel("log truth ratio of forget rows")
-    left.set_ylabel("share of rows below")
-    right.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
-    right.set_xlabel("forget rows taken for unseen")
-    right.set_ylabel("unseen rows taken for unseen (min-k)")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=8)
-    figure.tight_layout()
-    return figure
-
-
-def _mark_distance(axes: Any, of: Mapping[str, dict[str, list[Row]]]) -> None:
-    """The Kolmogorov-Smirnov distance between unlearned and retain-only, where it is largest."""
-    from scipy.stats import ks_2samp
-
-    both = [log_truth_ratios(of.get(name, {}).get("forget", [])) for name in ("unlearned", "retain-only")]
-    ours, theirs = (np.sort(ratios or []) for ratios in both)
-    if not len(ours) or not len(theirs):
-        return
-    found = ks_2samp(ours, theirs)
-    at = found.statistic_location
-    heights = [np.searchsorted(values, at, side="right") / len(values) for values in (ours, theirs)]
-    axes.plot([at, at], heights, color="black", linewidth=1.5)
-    axes.annotate(f" D = {found.statistic:.2f}", (at, np.mean(heights)), fontsize=8)
-
-
-def _plane(models: Mapping[str, Metrics]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4))
-    axes = figure.subplots()
-    for name, metrics in models.items():
-        if "forget_probability" in metrics and "model_utility" in metrics:
-            axes.scatter(metrics["forget_probability"], metrics["model_utility"], s=60, label=name)
-    axes.set_xlabel("probability of forget answers (lower is better)")
-    axes.set_ylabel("model utility (higher is better)")
-    axes.set_xlim(-0.03, 1.03)
-    axes.set_ylim(-0.03, 1.03)
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(loc="lower center", ncols=len(models))
-    return figure
-
-
-def _curves(lines: Sequence[Mapping[str, Any]]) -> Any:
-    from matplotlib.figure import Figure
-
-    present = dict.fromkeys(key for line in lines for key in line)  # a step that was left out has few
-    panels = [
-        ("terms", [key for key in present if key.startswith("train/") and key.endswith("_loss")]),
-        ("gradient norm", [key for key in present if key == "train/grad_norm"]),
-        ("clip fraction", [key for key in present if key == "train/clip_fraction"]),
-        ("probe", [key for key in present if key.startswith("probe/")]),
-    ]
-    panels = [(title, keys) for title, keys in panels if keys]
-    figure = Figure(figsize=(3.6 * len(panels), 3.2))
-    for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for key in keys:
-            having = [line for line in lines if key in line]
-            axes.plot([x["step"] for x in having], [x[key] for x in having], label=key.removeprefix("train/"))
-        axes.set_title(title)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        if len(keys) > 1:
-            axes.legend(fontsize=8)
-    return figure
-
-
-def _figure(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    return f'<img alt="plot" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+def _figures(figures: Sequence[Any]) -> str:
+    """Images that stand side by side where there is room."""
+    images = []
+    for figure in figures:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+        images.append(f'<img alt="plot" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
+    return f'<div class="plots">{"".join(images)}</div>'
 
 
 _PAGE = """<!doctype html>
@@ -265,8 +191,10 @@ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem aut
 h1 {{ font-size: 1.4rem; overflow-wrap: anywhere; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
 table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
 th, td {{ padding: .25rem .7rem; border-bottom: 1px solid #8884; text-align: left; vertical-align: top; }}
-td {{ font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }}
-img {{ max-width: 100%; background: white; border-radius: 4px; }}
+.numbers td {{ font-variant-numeric: tabular-nums; white-space: nowrap; }}
+.texts td {{ overflow-wrap: anywhere; min-width: 7rem; }}
+.plots {{ display: flex; flex-wrap: wrap; gap: .5rem; }}
+img {{ max-width: 100%; max-height: 22rem; background: white; border-radius: 4px; }}
 </style></head><body>
 {body}
 </body></html>
