@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from components.config import Nll, Objective, Recipe, Relearn, Text, digest
+from components.config import Nll, Objective, Recipe, Relearn, Source, Text, digest
 from components.console import number, table
 from components.data.prepare import Prepared, prepare
 from components.data.rows import PreparedRows
 from components.data.streams import draw
 from components.errors import ConfigError, DataError
-from components.evaluation.attacks import part_left_out, prefixed, quantise, shots_prefix
+from components.evaluation.attacks import asked_by, part_left_out, prefixed, quantise, shots_prefix
 from components.evaluation.evaluate import evaluate_records
 from components.models import context_length, fingerprint, load_tokenizer, tokenizer_facts
 from components.training.job import Job
@@ -46,8 +46,13 @@ def run(command: Command) -> None:
         questions = {"forget": prepare_questions(recipe, models["original"])["forget"]}
         rows = {"none": [_score(recipe, model, questions) for model in models.values()]}
         for name, prefix in recipe.attacks.prefixes.items():
-            pushed = {"forget": _prefixed_questions(recipe, models["original"], prefix)}
+            pushed = {
+                "forget": _changed_questions(recipe, models["original"], functools.partial(prefixed, prefix=prefix))
+            }
             rows[f"prompt: {name}"] = [_score(recipe, model, pushed) for model in models.values()]
+        if column := recipe.attacks.paraphrased:
+            other = {"forget": _changed_questions(recipe, models["original"], lambda s: asked_by(s, column))}
+            rows["paraphrased"] = [_score(recipe, model, other) for model in models.values()]
         if recipe.attacks.shots:
             try:
                 asked, told = _asked_after_examples(recipe, models["original"], questions["forget"])
@@ -100,13 +105,15 @@ def _asked_after_examples(recipe: Recipe, model: Model, forget: Prepared) -> tup
     chosen = [rows[i] for i in draw(recipe.seed, "shots", 0).permutation(len(rows))[:count]]
     chat = not recipe.data.template and bool(tokenizer_facts(load_tokenizer(model.folder)).chat_template)
     prefix = shots_prefix([(row["question"], row["answer"]) for row in chosen], recipe.data, chat)
-    return {"forget": _prefixed_questions(recipe, model, prefix)}, [row["question"] for row in chosen]
+    asked = _changed_questions(recipe, model, lambda source: prefixed(source, prefix))
+    return {"forget": asked}, [row["question"] for row in chosen]
 
 
-def _prefixed_questions(recipe: Recipe, model: Model, prefix: str) -> Prepared:
-    sources = [prefixed(source, prefix) for source in recipe.evaluation.sets["forget"].rows]
+def _changed_questions(recipe: Recipe, model: Model, change: Callable[[Source], Source]) -> Prepared:
+    """The forget questions after a change, which may fill the model's context."""
+    sources = [change(source) for source in recipe.evaluation.sets["forget"].rows]
     facts = tokenizer_facts(load_tokenizer(model.folder))
-    longest = context_length(model.folder) or recipe.data.max_tokens + len(prefix)
+    longest = context_length(model.folder) or 4 * recipe.data.max_tokens
     data = recipe.data.model_copy(update={"max_tokens": longest})
     return prepare(sources, "questions", data, facts, storage_folder(recipe), tell=telling("prompts"))
 

@@ -28,6 +28,7 @@ from components.tracking import registry
 from components.tracking.run import make_client, tracking_uri
 from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
 from pipelines.finetune import Model, check_context, check_inputs, make_models
+from pipelines.prepare import set_aside
 from pipelines.training import telling
 
 
@@ -107,10 +108,13 @@ def prepare_questions(recipe: Recipe, model: Model) -> dict[str, Prepared]:
     check_context(recipe, model.folder)
     facts = tokenizer_facts(load_tokenizer(model.folder))
     storage = storage_folder(recipe)
-    return {
+    sets = {
         name: prepare(questions.rows, "questions", recipe.data, facts, storage, tell=telling(name))
         for name, questions in recipe.evaluation.sets.items()
     }
+    for line in set_aside(sets):
+        say(f"             {line}")
+    return sets
 
 
 def check_same_tokens(models: list[Model]) -> None:

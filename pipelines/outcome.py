@@ -1,6 +1,8 @@
 """What a finished run leaves for people: metrics, report and model card in its folder, and a summary to read."""
 
+import importlib.metadata
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +42,18 @@ class Outcome(NamedTuple):
     def champion(self) -> bool:
         """There are gates and all hold."""
         return bool(self.gates) and all(gate.passed for gate in self.gates)
+
+
+def empty_answers(records: Mapping[str, pa.Table]) -> str:
+    """How many questions each model answers with nothing, where it does."""
+    counts = {name: sum(text == "" for text in table["generated"].to_pylist()) for name, table in records.items()}
+    return ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "none"
+
+
+def versions() -> str:
+    """Of the libraries that decide numbers."""
+    names = ("torch", "transformers", "deepspeed", "ray", "datasets")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 def write_files(outcome: Outcome) -> None:

@@ -9,6 +9,7 @@ normal. Answers are shown in brackets, their tokens parted by bars. What is prep
 import shutil
 import sys
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,17 +139,23 @@ def described(streams: Streams) -> str:
 
 def notes(streams: Streams) -> list[str]:
     """A line for each reason to set rows aside, where they are listed, and the overlap."""
-    lines = []
-    for name, prepared in streams.sets().items():
-        reasons = summary_of(prepared)["reasons"]
-        lines += [f"{name}: {count} set aside: {reason}" for reason, count in reasons.items()]
-        lines += [f"{name}: listed in {prepared.folder / 'quarantine'}"] if reasons else []
+    lines = set_aside(streams.sets())
     if both := streams.overlap:
         what = "left out" if streams.without else "kept"
         lines.append(
             f"normal: {both.exact} rows that stand in forget too and {both.alike} that differ in letter case or "
             f"spaces only: {what}"
         )
+    return lines
+
+
+def set_aside(sets: Mapping[str, Prepared]) -> list[str]:
+    """A line for each reason to set rows aside, and where they are listed."""
+    lines = []
+    for name, prepared in sets.items():
+        reasons = summary_of(prepared)["reasons"]
+        lines += [f"{name}: {count} set aside: {reason}" for reason, count in reasons.items()]
+        lines += [f"{name}: listed in {prepared.folder / 'quarantine'}"] if reasons else []
     return lines
 
 

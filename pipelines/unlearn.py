@@ -48,8 +48,8 @@ from pipelines.finetune import (
     planned_parameters,
     planned_steps,
 )
-from pipelines.outcome import Outcome, summary_text, write_files
-from pipelines.prepare import Streams, data_counts, notes, prepare_streams
+from pipelines.outcome import Outcome, empty_answers, summary_text, versions, write_files
+from pipelines.prepare import Streams, data_counts, notes, prepare_streams, set_aside
 from pipelines.run_folder import begin, check_begun, run_folder
 from pipelines.training import checkpoint_place, say_stopped, shown, telling
 
@@ -251,16 +251,18 @@ def _judge(
             "recipe": f"{recipe.name}, config hash {config_hash(recipe)}, seed {recipe.seed}",
             "original model": f"{original.folder.name}, fingerprint {original.hash}",
             "data": "; ".join(f"{n} {p.good} rows, digest {p.digest}" for n, p in streams.sets().items()),
-            "set aside": "; ".join(notes(streams)) or "none",
+            "set aside": "; ".join([*notes(streams), *set_aside(before.questions)]) or "none",
             "training": f"{trained['steps']} steps in {duration(trained['seconds'])} on {trained['world']} worker(s)",
             "interruptions": "; ".join(happened) or "none",
+            "empty answers": empty_answers(records),
+            "versions": versions(),
         },
     )
     with writing("Report", folder):
         write_files(outcome)
     put_metrics(spool, "eval", unlearned, step=trained["steps"])
     put_metrics(spool, "retain_only", values.get("retain-only", {}), step=0)
-    for file in ("report.html", "events.jsonl"):
+    for file in ("report.html", "metrics.json", "events.jsonl"):
         if (folder / file).exists():
             spool.put("artifact", path=str(folder / file))
     spool.put(

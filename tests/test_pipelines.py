@@ -144,7 +144,11 @@ def test_mlflow_holds_the_run_and_the_champion(run_folder: Path) -> None:
         6,
     ]
     assert [point.step for point in client.get_metric_history(run.info.run_id, "eval/model_utility")] == [0, 6]
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"config.json", "report.html"}
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
+        "config.json",
+        "report.html",
+        "metrics.json",
+    }
     assert client.get_model_version_by_alias("small", "candidate").version == 1
     assert client.get_model_version_by_alias("small", "champion").version == 1
 
@@ -202,13 +206,13 @@ def test_attacks_on_the_runs_own_model(run_folder: Path, recipe: Path, cluster_a
     """Relearning all forget rows brings them back; the prompts are tried on every model."""
     relearn = "attacks.relearn={share: 1.0, steps: [30], optimizer: {type: adamw, lr: 0.003}}"
     prompts = "attacks.prefixes={push: 'Say: '}"
-    more = ["train.workers=0", "attacks.bits=[]", "attacks.shots=1"]
+    more = ["train.workers=0", "attacks.bits=[]", "attacks.shots=1", "attacks.paraphrased=paraphrased_question"]
     done = command("attack", str(recipe), *more, prompts, relearn, RAY_ADDRESS=cluster_address)
     assert done.returncode == 0, done.stderr
     first = done.stdout.split("\nforget ")[1].splitlines()
     assert first[1].split() == ["attack", "original", "retain-only", f"…{run_folder.name[-23:]}"]
     rows = {line[:25].strip(): [float(cell) for cell in line[25:].split()] for line in first[3:]}
-    assert list(rows) == ["none", "prompt: push", "1 examples", "relearn 100%, 30 steps"]
+    assert list(rows) == ["none", "prompt: push", "paraphrased", "1 examples", "relearn 100%, 30 steps"]
     stored = json.loads((run_folder / "eval" / "unlearned.json").read_text())
     assert rows["none"][2] == pytest.approx(stored["forget_probability"], rel=0.01)
     assert rows["relearn 100%, 30 steps"][2] > rows["none"][2] + 0.1

@@ -60,6 +60,11 @@ def shots_prefix(pairs: Sequence[tuple[str, str]], data: Data, chat: bool) -> st
     return told if chat else told.removeprefix(head)
 
 
+def asked_by(source: Source, column: str) -> Source:
+    """The same rows with another column as their question."""
+    return source if isinstance(source, Text) else source.model_copy(update={"prompt": column})
+
+
 def prefixed(source: Source, prefix: str) -> Source:
     """The same questions with a text in front of each prompt."""
     if isinstance(source, Text):

@@ -58,7 +58,20 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> list[Any]:
             having = [line for line in lines if key in line]
             axes.plot([x["step"] for x in having], [x[key] for x in having], label=key.partition("/")[2])
         drawn.append(axes)
-    return _labelled(drawn)
+    return _labelled([*drawn, _path(lines)])
+
+
+def _path(lines: Sequence[Mapping[str, Any]]) -> Any:
+    """Where the probe went: what is forgotten against what is kept, from the first look to the last."""
+    axes = _axes("probe of forget rows (lower is better)", "probe of normal rows (higher is better)")
+    having = [line for line in lines if {"probe/forget_probability", "probe/normal_probability"} <= {*line}]
+    if having:
+        x, y = ([line[f"probe/{name}_probability"] for line in having] for name in ("forget", "normal"))
+        axes.plot(x, y, marker=".", label="every probed step")
+        axes.scatter(x[-1:], y[-1:], s=60, zorder=3, label=f"step {having[-1]['step']}")
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_ylim(-0.03, 1.03)
+    return axes
 
 
 def _mark_distance(axes: Any, of: Mapping[str, Mapping[str, list[Row]]]) -> None:
