@@ -1,9 +1,8 @@
 """What a person sees: progress lines, tables that fit a terminal, short numbers."""
 
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 
@@ -62,13 +61,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 @contextmanager
 def silent_stderr() -> Iterator[None]:
     """Inside, nothing reaches the terminal by the file descriptor of stderr, as C++ and subprocesses write to it."""
-    sys.stderr.flush()
-    with open(os.devnull, "w") as nothing:
+    with open(os.devnull, "w") as nothing, redirect_stderr(nothing):
         kept = os.dup(2)
         os.dup2(nothing.fileno(), 2)
         try:
             yield
         finally:
-            sys.stderr.flush()
             os.dup2(kept, 2)
             os.close(kept)
