@@ -93,7 +93,7 @@ def one_life(recipe: Path, storage: Path, draw: random.Random | None) -> tuple[s
     expected = {None: (0,), "a worker": (0,), "SIGTERM": (143, 0)}.get(how, (-signal.SIGKILL, 0))
     if code not in expected:
         problem.append(f"{how}: exit code {code}: {told[-600:]}")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90  # Ray's agents look for a lost head for up to 60 s before they give up
     while time.monotonic() < deadline and (left := descendants(mark)):
         time.sleep(0.3)
     if left:
