@@ -15,7 +15,7 @@ from components.config import Data, Evaluation, Train
 from components.data.prepare import Prepared, prepare
 from components.data.rows import PreparedRows
 from components.errors import DataError
-from components.evaluation import evaluate
+from components.evaluation import evaluate, scoring
 from components.evaluation import metrics as rows_
 from components.evaluation.evaluate import (
     better,
@@ -37,7 +37,7 @@ from components.evaluation.metrics import (
 )
 from components.evaluation.report import arrow, metrics_table, telling_samples, write_model_card, write_report
 from components.evaluation.scoring import Asked, Scorer, score
-from components.evaluation.shared_prompt import may_share, parts, side_by_side
+from components.evaluation.shared_prompt import may_share, parts, side_by_side, worth_sharing
 from components.models import fingerprint, load_model, load_tokenizer, tokenizer_facts
 from tests.conftest import people
 
@@ -197,6 +197,13 @@ def test_a_row_of_several_answers() -> None:
     assert [len(part) for part in parts([row, row, long, long, row, single, single])] == [2, 2, 1, 2]
 
 
+def test_prompts_are_shared_where_that_costs_less() -> None:
+    long_prompt, long_answers = side_by_side([1] * 200, [[2] * 5] * 7), side_by_side([1] * 20, [[2] * 150] * 7)
+    assert worth_sharing(long_prompt, 32)
+    assert not worth_sharing(long_answers, 32)
+    assert worth_sharing(long_answers, 4096)
+
+
 def test_rows_beyond_a_models_window_are_not_shared() -> None:
     config = MistralConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
                            num_key_value_heads=2, vocab_size=32, sliding_window=6)  # fmt: skip
@@ -208,10 +215,11 @@ def test_rows_beyond_a_models_window_are_not_shared() -> None:
 def test_a_model_that_cannot_share_is_asked_answer_by_answer(
     records: pa.Table, questions: Any, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One whose attention takes no mask of this form, found out by trying, gives the same."""
+    """Shared prompts give the same; and so does a model that takes no mask of this form, found out by trying."""
     rows = PreparedRows(questions["forget"].folder).table().slice(0, 4)
+    monkeypatch.setattr(scoring, "worth_sharing", lambda row, hidden_size: True)
     scorer = Scorer(str(base), "fp32", Asked(0, 0, 1.0, False))
-    scorer(rows)
+    same(scorer(rows), records)
     assert scorer.shares_prompts
     forward, seen = type(scorer.model.base_model).forward, []
 
@@ -221,14 +229,19 @@ def test_a_model_that_cannot_share_is_asked_answer_by_answer(
 
     monkeypatch.setattr(type(scorer.model.base_model), "forward", without_mask)
     other = Scorer(str(base), "fp32", Asked(0, 0, 1.0, False))
-    found_out = other(rows.slice(0, 1)).to_pylist()
+    same(other(rows.slice(0, 1)), records)
     assert other.shares_prompts is False
     seen.clear()
-    for row, expected in zip(found_out + other(rows.slice(1)).to_pylist(), records.to_pylist(), strict=False):
-        assert row["generated"] is None
-        for found, theirs in zip(row["logp"], expected["logp"], strict=True):
-            assert found == pytest.approx(theirs, abs=1e-5)
+    same(other(rows.slice(1)), records.slice(1))
     assert [shape[0] for shape in seen] == [21]  # 3 prompts with 7 answers each
+
+
+def same(found: pa.Table, expected: pa.Table) -> None:
+    for row, other in zip(found.to_pylist(), expected.to_pylist(), strict=False):
+        assert row["generated"] is None
+        for ours, theirs in zip(row["logp"], other["logp"], strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-5)
+        assert row["hit"] == other["hit"]
 
 
 def test_gradient_norms_are_those_of_plain_autograd(questions: Any, base: Path) -> None:

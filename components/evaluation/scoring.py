@@ -1,5 +1,6 @@
 """One pass of a model over all questions: log-probabilities of every answer and answers of its own."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,15 @@ from components.config import Evaluation, Train, digest
 from components.data.prepare import Prepared
 from components.data.rows import PreparedRows
 from components.evaluation.evaluate import reads_answers
-from components.evaluation.shared_prompt import Row, hidden_states, may_share, parts, shares, side_by_side
+from components.evaluation.shared_prompt import (
+    Row,
+    hidden_states,
+    may_share,
+    parts,
+    shares,
+    side_by_side,
+    worth_sharing,
+)
 from components.files import whole_folder
 from components.models import answer_text, context_length, inference_device, load_model, load_tokenizer
 
@@ -58,7 +67,7 @@ def score(
 
 
 _FORMAT = 3
-_POSITIONS = 256  # whose logits are in memory at a time
+_LOGITS = 1 << 25  # in memory at a time
 
 
 class Asked(NamedTuple):
@@ -134,24 +143,30 @@ class Scorer:
         return scored
 
     def _shares(self, row: Row) -> bool:
-        if not may_share(self.model, row):
+        hidden_size = self.model.config.get_text_config().hidden_size
+        if not may_share(self.model, row) or not worth_sharing(row, hidden_size):
             return False
         if self.shares_prompts is None:  # batches come longest first
             self.shares_prompts = shares(self.model, row)
         return self.shares_prompts
 
     def _score_rows(self, rows: Sequence[Row]) -> Iterator[list[Scored]]:
+        """What is said of each row's answers."""
         import torch
 
         hidden = hidden_states(self.model, rows)
-        for states_of_row, row in zip(hidden, rows, strict=True):
-            out = []
-            for places, answer in zip(row.places, row.answers, strict=True):
-                tokens = torch.tensor(answer, device=self.device)
-                split = zip(states_of_row[places].split(_POSITIONS), tokens.split(_POSITIONS), strict=True)
-                found = [self._of_tokens(*part) for part in split]
-                out.append(Scored(*(torch.cat(values).tolist() for values in zip(*found, strict=True))))
-            yield out
+        where = [(i, place) for i, row in enumerate(rows) for places in row.places for place in places]
+        of_row, of_place = torch.tensor(where, device=self.device).T
+        states = hidden[of_row, of_place]
+        tokens = torch.tensor([t for row in rows for answer in row.answers for t in answer], device=self.device)
+        at_once = max(1, _LOGITS // self.model.get_output_embeddings().out_features)
+        pieces = zip(states.split(at_once), tokens.split(at_once), strict=True)
+        columns = [torch.cat(found).tolist() for found in zip(*(self._of_tokens(*p) for p in pieces), strict=True)]
+        first = 0
+        for row in rows:
+            ends = list(itertools.accumulate((len(answer) for answer in row.answers), initial=first))
+            yield [Scored(*(column[a:b] for column in columns)) for a, b in itertools.pairwise(ends)]
+            first = ends[-1]
 
     def _of_tokens(self, states: Any, tokens: Any) -> tuple[Any, Any, Any, Any]:
         """[n, hidden] states and the [n] tokens that follow → logp, mean, variance and hit, in fp32 or better."""

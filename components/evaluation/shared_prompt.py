@@ -64,6 +64,19 @@ def may_share(model: Any, row: Row) -> bool:
     return len(row.ids) <= min([int(MASK**0.5), *(window for window in windows if isinstance(window, int))])
 
 
+def worth_sharing(row: Row, hidden_size: int) -> bool:
+    """Whether one row costs less than one for each answer.
+
+    In multiplications of a layer over 2·hidden_size: 6·hidden_size for each token in its matrices, and one for each
+    pair of tokens that attention compares, of which plain causal attention leaves out half. Where the model is narrow
+    and answers are long, the pairs between answers, which the mask throws away, cost more than the prompts saved.
+    """
+    prompt = row.branch.count(0)
+    apart = [prompt + len(answer) - 1 for answer in row.answers]
+    together = len(row.ids) * 6 * hidden_size + len(row.ids) ** 2
+    return together < sum(length * 6 * hidden_size + length**2 / 2 for length in apart)
+
+
 def shares(model: Any, row: Row) -> bool:
     """Whether the model obeys such a mask: tried on `row`, against each answer by itself."""
     import torch
