@@ -138,7 +138,9 @@ class Scorer:
             rows += chosen
             of += [i] * len(chosen)
         scored: list[list[Scored]] = [[] for _ in prompts]
-        for i, found in zip(of, (one for part in parts(rows) for one in self._score_rows(part)), strict=True):
+        for i, found in zip(
+            of, (one for part in parts(rows, len(prompts)) for one in self._score_rows(part)), strict=True
+        ):
             scored[i] += found
         return scored
 

@@ -94,8 +94,8 @@ def shares(model: Any, row: Row) -> bool:
     return bool(((ours - alone).norm(dim=-1) < tolerance * alone.norm(dim=-1)).all())
 
 
-def parts(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
-    """The rows in turn, as many at a time as their masks fit into `MASK` numbers.
+def parts(rows: Sequence[Row], at_most: int) -> Iterator[Sequence[Row]]:
+    """The rows in turn, `at_most` so many at a time, and fewer where their masks would be more than `MASK` numbers.
 
     Rows of one answer, which need none, are not put together with others: their model may have windows of its own.
     """
@@ -103,7 +103,7 @@ def parts(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
     for i, row in enumerate(rows):
         longest = max(longest, len(row.ids))
         other_kind = (len(row.answers) == 1) != (len(rows[first].answers) == 1)
-        if i > first and (other_kind or (i + 1 - first) * longest**2 > MASK):
+        if i > first and (other_kind or i - first == at_most or (i + 1 - first) * longest**2 > MASK):
             yield rows[first:i]
             first, longest = i, len(row.ids)
     if rows:
