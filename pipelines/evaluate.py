@@ -81,7 +81,7 @@ def _model_folder(recipe: Recipe, path: str) -> Path:
 
 def given_models(command: Command) -> list[Path]:
     """Folders of the models on the command line, else of the recipe's own run."""
-    if not command.models and not _own_result(command):
+    if command.runs and not command.models and not _own_result(command):
         say("no finished run of this recipe is there to compare with; name models to add them")
     return [_model_folder(command.recipe, path) for path in command.models or _own_result(command)]
 
