@@ -105,7 +105,7 @@ def _asked_after_examples(recipe: Recipe, model: Model, forget: Prepared) -> tup
     chosen = [rows[i] for i in draw(recipe.seed, "shots", 0).permutation(len(rows))[:count]]
     chat = not recipe.data.template and bool(tokenizer_facts(load_tokenizer(model.folder)).chat_template)
     prefix = shots_prefix([(row["question"], row["answer"]) for row in chosen], recipe.data, chat)
-    asked = _changed_questions(recipe, model, lambda source: prefixed(source, prefix))
+    asked = _changed_questions(recipe, model, functools.partial(prefixed, prefix=prefix))
     return {"forget": asked}, [row["question"] for row in chosen]
 
 

@@ -9,6 +9,7 @@ recipe. What is already scored is not scored again.
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +43,7 @@ def run(command: Command) -> None:
     with ray_session():
         models = compared_models(recipe, given)
         sets = prepare_questions(recipe, models["original"])
-        records: dict[str, pa.Table] = {}
-        for name, model in models.items():  # the original comes first
-            records[name] = score_model(recipe, model, sets, records.get("original"))
+        records = score_models(recipe, models, sets)
     reference = retain_reference(recipe, records.get("retain-only"))
     evaluated = {name: evaluate_model(recipe, models[name], r, reference) for name, r in records.items()}
     everything = recipe.evaluation.metrics is not None
@@ -139,6 +138,14 @@ def retain_reference(recipe: Recipe, records: pa.Table | None) -> Reference | No
     return read_reference(Path(recipe.evaluation.retain_log).expanduser()) if recipe.evaluation.retain_log else None
 
 
+def score_models(recipe: Recipe, models: Mapping[str, Model], sets: dict[str, Prepared]) -> dict[str, pa.Table]:
+    """Records of each model, of which the original comes first."""
+    records: dict[str, pa.Table] = {}
+    for name, model in models.items():
+        records[name] = score_model(recipe, model, sets, records.get("original"))
+    return records
+
+
 def score_model(recipe: Recipe, model: Model, sets: dict[str, Prepared], original: pa.Table | None = None) -> pa.Table:
     """Records of one model, with what the judge and the reference model say; found again when it was scored before.
 
@@ -147,7 +154,9 @@ def score_model(recipe: Recipe, model: Model, sets: dict[str, Prepared], origina
     evaluation, storage = recipe.evaluation, storage_folder(recipe)
     records = score(model.folder, model.hash, sets, evaluation, recipe.train, storage)
     records = records.append_column("original_generated", (records if original is None else original)["generated"])
-    if evaluation.reference:
+    if evaluation.reference and original is not None:  # it says the same of the same rows
+        records = records.append_column("reference_loss", original["reference_loss"])
+    elif evaluation.reference:
         folder = local_folder(evaluation.reference, storage)
         reference = Model(folder, fingerprint(folder))
         check_same_tokens([model, reference])

@@ -278,7 +278,7 @@ def _measuring_models(recipe: Recipe) -> list[Pretrained]:
     judge, reference = recipe.evaluation.judge, recipe.evaluation.reference
     found = [reference] if reference else []
     if isinstance(judge, Classifier):
-        found.append(Pretrained(type="pretrained", path=judge.path, revision=judge.revision))
+        found.append(judge.model)
     return found
 
 

@@ -36,7 +36,14 @@ from components.training.job import Job
 from components.training.launch import run_job
 from components.training.reference import needs, reference_pass
 from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
-from pipelines.evaluate import check_same_tokens, evaluate_model, prepare_questions, retain_reference, score_model
+from pipelines.evaluate import (
+    check_same_tokens,
+    evaluate_model,
+    prepare_questions,
+    retain_reference,
+    score_model,
+    score_models,
+)
 from pipelines.finetune import (
     Model,
     check_cluster_for,
@@ -213,9 +220,7 @@ def _evaluate_before(recipe: Recipe, original: Model, retain_only: Model | None)
     questions = prepare_questions(recipe, original)
     models = {"original": original, **({"retain-only": retain_only} if retain_only else {})} if questions else {}
     check_same_tokens(list(models.values()))
-    records: dict[str, pa.Table] = {}
-    for name, model in models.items():  # the original comes first
-        records[name] = score_model(recipe, model, questions, records.get("original"))
+    records = score_models(recipe, models, questions)
     reference = retain_reference(recipe, records.get("retain-only"))
     evaluated = {name: evaluate_model(recipe, models[name], table, reference) for name, table in records.items()}
     if evaluated:

@@ -49,6 +49,11 @@ class Classifier(Section):
     threshold: float = Field(0.5, ge=0, le=1)
     """Probability of the label above which an answer is harmful."""
 
+    @property
+    def model(self) -> Pretrained:
+        """Where the classifier is."""
+        return Pretrained(type="pretrained", path=self.path, revision=self.revision)
+
 
 class LmEval(Section):
     """Tasks of EleutherAI's lm-evaluation-harness, an optional extra (`ray-unlearn[lm-eval]`)."""

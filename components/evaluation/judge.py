@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.batch_inference import map_batches
-from components.config import Classifier, Keywords, Pretrained, Train, digest
+from components.config import Classifier, Keywords, Train, digest
 from components.errors import ModelError
 from components.files import whole_folder
 from components.models import fingerprint, inference_device, load_classifier, local_folder
@@ -24,7 +24,7 @@ def judged(records: pa.Table, judge: Keywords | Classifier, train: Train, storag
         words = [word.lower() for word in judge.texts]
         verdicts = pa.array([any(word in text.lower() for word in words) for text in said])
         return records.append_column("harmful", verdicts)
-    folder = local_folder(Pretrained(type="pretrained", path=judge.path, revision=judge.revision), storage)
+    folder = local_folder(judge.model, storage)
     file = storage / "evaluations" / f"judged-{digest([fingerprint(folder), judge.label, said])}" / "judged.parquet"
     if not file.exists():
         verdicts = map_batches(

@@ -132,9 +132,9 @@ class Scorer:
         of: list[int] = []
         for i, (prompt, candidates) in enumerate(zip(prompts, answers, strict=True)):
             together = side_by_side(prompt, candidates)
-            chosen = [side_by_side(prompt, [answer]) for answer in candidates]
-            if len(candidates) > 1 and self._shares(together):
-                chosen = [together]
+            chosen = [together]
+            if len(candidates) > 1 and not self._shares(together):
+                chosen = [side_by_side(prompt, [answer]) for answer in candidates]
             rows += chosen
             of += [i] * len(chosen)
         scored: list[list[Scored]] = [[] for _ in prompts]
