@@ -5,13 +5,15 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from components.config import Files, Recipe
 from components.errors import ConfigError
+
+S = TypeVar("S", bound=BaseModel)
 
 
 def load_recipe(
@@ -28,19 +30,28 @@ def load_recipe(
         raise ConfigError("No recipe given. Expected a YAML file, such as pipelines/recipes/demo.yaml.")
     raw: dict[str, Any] = {}
     for file in files:
-        raw = merge(raw, _read_yaml(Path(file)))
+        raw = merge(raw, read_yaml(Path(file)))
     for suite in suites:
-        content = _read_yaml(Path(suite))
+        content = read_yaml(Path(suite))
         measured = {key: value for key, value in content.items() if key in ("evaluation", "attacks")}
         raw = merge(raw, measured if files else content)
     changes: dict[str, Any] = {}
     for override in overrides:
         changes = merge(changes, parse_override(override))
+    return checked(Recipe, _with_folder(merge(raw, changes)), "recipe")
+
+
+def checked(schema: type[S], raw: dict[str, Any], what: str) -> S:
+    """`raw` as a `schema`.
+
+    Raises:
+        ConfigError: naming every wrong setting of the `what`.
+    """
     try:
-        return Recipe.model_validate(_with_folder(merge(raw, changes)))
+        return schema.model_validate(raw)
     except ValidationError as error:
-        lines = sorted({_explain(item) for item in error.errors(include_url=False)})
-        raise ConfigError(f"{len(lines)} mistake(s) in the recipe:\n" + "\n".join(f"  {x}" for x in lines)) from None
+        lines = sorted({_explain(item, schema) for item in error.errors(include_url=False)})
+        raise ConfigError(f"{len(lines)} mistake(s) in the {what}:\n" + "\n".join(f"  {x}" for x in lines)) from None
 
 
 def merge(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -108,20 +119,25 @@ def _local_copy(node: dict[str, Any], path: str) -> dict[str, Any]:
     return {**rest, "type": "files", "path": path}
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
+    """The sections of a YAML file.
+
+    Raises:
+        ConfigError: when there is none.
+    """
     if not path.is_file():
         nearest = difflib.get_close_matches(path.name, [p.name for p in _recipes_near(path)], n=1, cutoff=0.4)
         hint = f" Did you mean {path.parent / nearest[0]}?" if nearest else ""
-        raise ConfigError(f"Recipe {path} does not exist.{hint}")
+        raise ConfigError(f"{what.capitalize()} {path} does not exist.{hint}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{what.capitalize()} {path} is not YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(
-            f"Recipe {path} holds a {type(content).__name__}. Expected sections such as data: and train:."
+            f"{what.capitalize()} {path} holds a {type(content).__name__}. Expected sections such as data: and train:."
         )
     return content
 
@@ -130,11 +146,11 @@ def _recipes_near(path: Path) -> list[Path]:
     return sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, schema: type[BaseModel]) -> str:
     """One line for one pydantic error: dotted path, what is wrong, nearest key."""
-    path = ".".join(str(part) for part in item["loc"]) or "recipe"
+    path = ".".join(str(part) for part in item["loc"]) or schema.__name__.lower()
     if item["type"] == "extra_forbidden":
-        known = _fields_at(item["loc"][:-1])
+        known = _fields_at(item["loc"][:-1], schema)
         nearest = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
         return f"{path}: unknown key." + (f" Did you mean {nearest[0]}?" if nearest else f" Known: {', '.join(known)}.")
     if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
@@ -145,9 +161,9 @@ def _explain(item: Any) -> str:
     return f"{path}: {message}{got}."
 
 
-def _fields_at(loc: Sequence[Any]) -> list[str]:
+def _fields_at(loc: Sequence[Any], schema: type[BaseModel]) -> list[str]:
     """Field names of the schema section at `loc`, where pydantic mixes keys, list indices and union tags."""
-    candidates: list[Any] = [Recipe]
+    candidates: list[Any] = [schema]
     for part in loc:
         following: list[Any] = []
         for model in candidates:

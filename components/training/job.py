@@ -25,6 +25,8 @@ class Job(Section):
     """File to which rank 0 appends one JSON line for whatever happens beside the steps."""
     stop: str | None = None
     """File that somebody makes when training is to end with a checkpoint."""
+    group: str | None = None
+    """File to which rank 0 writes the id of the placement group that holds Ray Train's workers."""
     checkpoints: str | None = None
     """Folder or address for checkpoints, of which the newest whole one is gone on from; None for neither."""
     made_from: dict[str, str] = Field(default={})

@@ -211,6 +211,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         hide_gpus()
         torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
     context = ray.train.get_context()
+    if job.group and context.get_world_rank() == 0 and (group := ray.util.get_current_placement_group()):
+        Path(job.group).write_text(group.id.hex())
     return train_loop(
         job, context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device(),
         notice=_nodes_about_to_go,

@@ -1,0 +1,1 @@
+"""Sweeps: spaces, what to try next, what came of it."""

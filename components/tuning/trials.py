@@ -1,0 +1,131 @@
+"""What is known of a sweep's trials: a folder each, with `trial.json` at its begin and `result.json` at its end."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from components.config.tuning import Space
+from components.files import read_lines, write_whole
+from components.tuning import expressions
+
+State = Literal["running", "finished", "stopped", "failed"]
+
+
+class Trial(NamedTuple):
+    """One trial, as its folder tells."""
+
+    number: int
+    folder: Path
+    params: dict[str, Any]
+    """Searched settings by dotted path."""
+    sampler: dict[str, Any]
+    """What Optuna's sampler noted when it chose them."""
+    state: State
+    values: list[float]
+    """Of the goals; empty unless finished."""
+    excess: list[float]
+    """By how much each condition is missed; empty unless finished."""
+    metrics: dict[str, float]
+    reports: dict[int, float]
+    """What the scheduler compared, by step."""
+    reason: str
+    """Why it failed."""
+    steps: int
+    seconds: dict[str, float]
+    """Of `train`, probes included, and `evaluate`."""
+
+    @property
+    def feasible(self) -> bool:
+        """Finished, and all conditions hold."""
+        return self.state == "finished" and all(missed <= 0 for missed in self.excess)
+
+    @property
+    def name(self) -> str:
+        """Its folder's."""
+        return self.folder.name
+
+
+def trial_folder(sweep: Path, number: int) -> Path:
+    """Where a trial lives."""
+    return sweep / f"trial-{number:03d}"
+
+
+def begin_trial(sweep: Path, number: int, params: dict[str, Any], sampler: dict[str, Any]) -> Path:
+    """Write down what a trial tries."""
+    folder = trial_folder(sweep, number)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "trial.json", json.dumps({"number": number, "params": params, "sampler": sampler}, indent=2))
+    return folder
+
+
+def end_trial(folder: Path, state: State, **about: Any) -> bool:
+    """Write down how a trial ended, where that is not written yet. Returns whether it was not."""
+    if (folder / "result.json").exists():
+        return False
+    write_whole(folder / "result.json", json.dumps({"state": state, **about}, indent=2))
+    return True
+
+
+def read_trials(sweep: Path, space: Space) -> list[Trial]:
+    """All trials that were begun, by number."""
+    return [_read(file.parent, space) for file in sorted(sweep.glob("trial-*/trial.json"))]
+
+
+def _read(folder: Path, space: Space) -> Trial:
+    begun = json.loads((folder / "trial.json").read_text())
+    file = folder / "result.json"
+    ended = json.loads(file.read_text()) if file.exists() else {"state": "running"}
+    lines = read_lines(folder / "metrics.jsonl")
+    return Trial(
+        number=begun["number"], folder=folder, params=begun["params"], sampler=begun["sampler"],
+        state=ended["state"], values=ended.get("values", []), excess=ended.get("excess", []),
+        metrics=ended.get("metrics", {}), reports=reports(space, lines), reason=ended.get("reason", ""),
+        steps=max((line["step"] for line in lines), default=0),
+        seconds={"train": sum(line.get("perf/step_seconds", 0) for line in lines), **ended.get("seconds", {})},
+    )  # fmt: skip
+
+
+def reports(space: Space, lines: Sequence[dict[str, Any]]) -> dict[int, float]:
+    """What the scheduler compares, by step, out of lines of metrics.jsonl."""
+    found = {}
+    for line in lines:
+        if any(key.startswith("probe/") for key in line):
+            known = {key.replace("/", "."): number for key, number in line.items()}
+            try:
+                found[line["step"]] = expressions.value(space.scheduler.maximise, known)
+            except (KeyError, ArithmeticError, ValueError):
+                continue
+    return found
+
+
+def trials_csv(trials: Sequence[Trial], space: Space) -> str:
+    """A line a trial: state, settings, goals, conditions, all metrics, seconds."""
+    params = list(space.space)
+    metrics = list(dict.fromkeys(name for trial in trials for name in trial.metrics))
+    goals = [goal_name(space, place) for place in range(len(space.goals))]
+    conditions = [f"excess: {text}" for text in space.subject_to]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        ["trial", "state", "feasible", *params, *goals, *conditions, "steps", "train_seconds", "evaluate_seconds",
+         *metrics, "reason"]
+    )  # fmt: skip
+    for trial in trials:
+        shown = [trial.params.get(path, "") for path in params]
+        writer.writerow(
+            [trial.number, trial.state, int(trial.feasible),
+             *(json.dumps(value) if isinstance(value, dict | list) else value for value in shown),
+             *(trial.values or [""] * len(goals)), *(trial.excess or [""] * len(conditions)), trial.steps,
+             trial.seconds.get("train", ""), trial.seconds.get("evaluate", ""),
+             *(trial.metrics.get(name, "") for name in metrics), trial.reason]
+        )  # fmt: skip
+    return out.getvalue()
+
+
+def goal_name(space: Space, place: int) -> str:
+    """`minimise abs(…)`."""
+    goal = space.goals[place]
+    return f"{'minimise' if goal.sign > 0 else 'maximise'} {goal.expression}"

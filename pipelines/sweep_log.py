@@ -1,0 +1,132 @@
+"""A sweep in MLflow: one run for it and one below it for each trial; what a server does not take waits on disk."""
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from components.config import Recipe, leaves
+from components.config.tuning import Space
+from components.files import read_lines
+from components.tracking.run import last_step, open_spool, put_lines, put_metrics
+from components.tracking.spool import Spool
+from components.tuning import pareto
+from components.tuning.spaces import recipe_of
+from components.tuning.trials import Trial, goal_name
+from pipelines.cli import storage_folder
+from pipelines.training import telling
+
+_PATIENCE, _LIMIT = 10.0, 60.0  # seconds
+_PAUSE = 2.0  # seconds between two rounds of sending
+_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+
+
+class Log:
+    """Puts down what happens, and sends it in a thread."""
+
+    def __init__(self, recipe: Recipe, folder: Path):
+        self.recipe, self.folder, self.storage = recipe, folder, storage_folder(recipe)
+        self.parent = self._open(folder)
+        self.spools: dict[int, Spool] = {}
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._send, name="mlflow", daemon=True)
+
+    def __reduce__(self) -> Any:
+        return (Log, (self.recipe, self.folder))
+
+    def __enter__(self) -> "Log":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.done.set()
+        self.thread.join()
+        deadline = time.monotonic() + _LIMIT
+        for spool in [self.parent, *self.spools.values()]:
+            if spool.drain(_PATIENCE, limit=max(0.0, deadline - time.monotonic())):
+                break  # the server is away: the same command sends the rest
+
+    def _open(self, folder: Path) -> Spool:
+        return open_spool(folder, self.recipe.tracking, self.storage, telling("MLflow"))
+
+    def _send(self) -> None:
+        while not self.done.wait(_PAUSE):
+            for spool in [self.parent, *list(self.spools.values())]:
+                if not spool.send(self.done.is_set):
+                    break
+
+    def begin(self, space: Space) -> None:
+        """The sweep's own run."""
+        if any(entry["kind"] == "run" for entry in self.parent.entries()):
+            return
+        params = {f"space.{path}": f"{about.kind} {about.values}"[:500] for path, about in space.space.items()}
+        params |= {f"goal_{i + 1}": goal_name(space, i)[:500] for i in range(len(space.goals))}
+        params |= {key: str(value) for key, value in leaves(space.search.model_dump(), "search.").items()}
+        params |= {key: str(value) for key, value in leaves(space.scheduler.model_dump(), "scheduler.").items()}
+        self._run(self.parent, self.folder, params, {"recipe": self.recipe.name, "kind": "sweep"})
+        self.parent.drain(_PATIENCE)  # its trials name it
+
+    def begins(self, trial: Trial) -> None:
+        """A trial's run, below the sweep's."""
+        spool = self._spool(trial)
+        if any(entry["kind"] == "run" for entry in spool.entries()):
+            return
+        recipe = recipe_of(self.recipe, trial.params)
+        settings = leaves(recipe.model_dump(mode="json", exclude_none=True))
+        params = {key: str(value) for key, value in settings.items() if len(str(value)) < 500}
+        tags = {"kind": "trial", "sweep": self.folder.name, "recipe": self.recipe.name}
+        if parent := self.parent.known.get("run_id"):
+            tags["mlflow.parentRunId"] = parent
+        self._run(spool, trial.folder, params, tags)
+
+    def reports(self, trial: Trial) -> None:
+        """The steps since the last report, as one entry."""
+        spool = self._spool(trial)
+        reached = last_step(spool)
+        if lines := [line for line in read_lines(trial.folder / "metrics.jsonl") if line["step"] > reached]:
+            put_lines(spool, lines)
+
+    def ends(self, trial: Trial) -> None:
+        """Metrics, state and what the trial is worth."""
+        self.reports(trial)
+        spool = self._spool(trial)
+        goals = {f"goal_{i + 1}": value for i, value in enumerate(trial.values)}
+        put_metrics(spool, "eval", trial.metrics, step=trial.steps)
+        put_metrics(spool, "sweep", goals, step=trial.steps)
+        tags = {"state": trial.state, "feasible": str(trial.feasible), **({"reason": trial.reason} if trial.reason else {})}
+        spool.put("tags", tags=tags)
+        spool.put("end", status=_STATUS[trial.state])
+
+    def end(self, space: Space, trials: Sequence[Trial], files: Sequence[Path]) -> None:
+        """What came of all: the best trial, files, and the parent's id where a trial was put down without it."""
+        best = pareto.best(space, trials)
+        if best is None:
+            return
+        goals = {f"best_goal_{i + 1}": value for i, value in enumerate(best.values)}
+        put_metrics(self.parent, "sweep", {**goals, "best_trial": float(best.number)}, step=len(trials))
+        put_metrics(self.parent, "best", best.metrics, step=len(trials))
+        front = " ".join(trial.name for trial in pareto.pareto_set(space, trials))
+        self.parent.put("tags", tags={"best_trial": best.name, "pareto_set": front[:4000]})
+        for file in files:
+            self.parent.put("artifact", path=str(file))
+        self.parent.put("end", status="FINISHED")
+        self.parent.drain(_PATIENCE)
+        parent = self.parent.known.get("run_id")
+        for trial in trials:
+            spool = self._spool(trial)
+            named = any("mlflow.parentRunId" in entry.get("tags", {}) for entry in spool.entries())
+            if parent and not named and spool.entries():
+                spool.put("tags", tags={"mlflow.parentRunId": parent})
+
+    def _spool(self, trial: Trial) -> Spool:
+        if trial.number not in self.spools:
+            self.spools[trial.number] = self._open(trial.folder)
+        return self.spools[trial.number]
+
+    def _run(self, spool: Spool, folder: Path, params: dict[str, str], tags: dict[str, str]) -> None:
+        name = folder.name if spool is self.parent else f"{self.folder.name}/{folder.name}"
+        spool.put(
+            "run", experiment=self.recipe.tracking.experiment, storage=str(self.storage), name=name,
+            tags={**tags, "run_folder": str(folder)}, params=params,
+        )  # fmt: skip

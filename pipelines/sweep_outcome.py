@@ -1,0 +1,178 @@
+"""What a sweep leaves for people: trials.csv, best.yaml, plots, report, and a summary to read."""
+
+import base64
+import html
+import io
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from components.config import Recipe
+from components.config.tuning import Space
+from components.console import number, table
+from components.files import write_whole, writing
+from components.tuning import pareto, plots
+from components.tuning.search import importances
+from components.tuning.spaces import recipe_of
+from components.tuning.trials import Trial, goal_name, trials_csv
+from pipelines.sweep_table import settings_text, short_names
+
+_SHOWN = 12  # trials of the table at the end
+
+
+def write_files(recipe: Recipe, space: Space, folder: Path, trials: Sequence[Trial]) -> list[Path]:
+    """Write them into the sweep's folder. Returns those that are worth sending on."""
+    best = pareto.best(space, trials)
+    assert best is not None
+    with writing("Sweep", folder):
+        write_whole(folder / "trials.csv", trials_csv(trials, space))
+        write_whole(folder / "best.yaml", best_yaml(recipe, space, folder, best))
+        about = {
+            "trial": best.number, "params": best.params, "values": best.values, "feasible": best.feasible,
+            "metrics": best.metrics, "model": str(best.folder / "model"),
+            "pareto_set": [trial.number for trial in pareto.pareto_set(space, trials)],
+        }  # fmt: skip
+        write_whole(folder / "best.json", json.dumps(about, indent=2))
+        figures = _figures(space, folder, trials)
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=130, bbox_inches="tight")
+        _write_report(recipe, space, folder, trials, figures)
+    names = ["trials.csv", "best.yaml", "best.json", "report.html", *(f"{name}.png" for name in figures)]
+    return [folder / name for name in names]
+
+
+def best_yaml(recipe: Recipe, space: Space, folder: Path, best: Trial) -> str:
+    """The best trial's whole recipe, its seed included, for unlearn.py."""
+    chosen = recipe_of(recipe, best.params).model_dump(mode="json")
+    told = [
+        f"The best of sweep {folder.name}: {best.name}, {_values(space, best)}"
+        + ("" if best.feasible else ", though conditions are missed"),
+        f"made by: {shlex.join(['python', *sys.argv])}",
+        f"searched: {json.dumps(best.params)}",
+        f"run it: python pipelines/unlearn.py {folder / 'best.yaml'}",
+    ]
+    return "\n".join(f"# {line}" for line in told) + "\n" + yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
+
+
+def _values(space: Space, trial: Trial) -> str:
+    return ", ".join(f"{goal_name(space, i)} = {value:.6g}" for i, value in enumerate(trial.values))
+
+
+def summary_text(recipe: Recipe, space: Space, folder: Path, trials: Sequence[Trial]) -> str:
+    """Pareto table, what decides, the best and where everything is, for the terminal."""
+    best = pareto.best(space, trials)
+    assert best is not None
+    names = short_names(list(space.space))
+    rows = _rows(space, trials)
+    counted = {state: sum(t.state == state for t in trials) for state in ("finished", "stopped", "failed")}
+    blocks = [
+        ", ".join(f"{count} {state}" for state, count in counted.items() if count),
+        table(_header(space), rows[:_SHOWN]) + ("\n…" if len(rows) > _SHOWN else ""),
+    ]
+    if found := importances(space, trials):
+        blocks.append("decides      " + "  ".join(f"{names[path]} {share:.0%}" for path, share in found.items()))
+    goals = "\n             ".join(_values(space, best).split(", "))
+    blocks.append(f"best         {best.name}: {goals}\n             {settings_text(names, best.params)}")
+    if not best.feasible:
+        blocks.append(f"             no trial meets {' and '.join(space.subject_to)}")
+    places = {
+        "report": folder / "report.html", "trials": folder / "trials.csv",
+        "run it": f"python pipelines/unlearn.py {folder / 'best.yaml'}",
+    }  # fmt: skip
+    blocks.append("\n".join(f"{key:<12} {value}" for key, value in places.items()))
+    return "\n\n".join(blocks)
+
+
+def _header(space: Space) -> list[str]:
+    names = short_names(list(space.space))
+    goals = ["value"] if len(space.goals) == 1 else ["goal 1", "goal 2"]
+    return ["trial", "Pareto", "holds", *goals, "forget p", "utility", *names.values()]
+
+
+def _rows(space: Space, trials: Sequence[Trial]) -> list[list[str]]:
+    front = {trial.number for trial in pareto.pareto_set(space, trials)}
+    rows = []
+    for trial in pareto.in_order(space, trials):
+        params = [_cell(trial.params.get(path)) for path in space.space]
+        metrics = [number(trial.metrics.get(name)) for name in ("forget_probability", "model_utility")]
+        marks = ["*" if trial.number in front else "", "yes" if trial.feasible else "no"]
+        rows.append([str(trial.number), *marks, *map(number, trial.values), *metrics, *params])
+    return rows
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return number(value)
+    return str(value.get("type", json.dumps(value)) if isinstance(value, dict) else value)
+
+
+def _figures(space: Space, folder: Path, trials: Sequence[Trial]) -> dict[str, Any]:
+    models = json.loads((folder / "shared.json").read_text())["metrics"]
+    names = short_names(list(space.space))
+    drawn = {
+        "trade-off": plots.trade_off(space, trials, models),
+        "importance": plots.importance(importances(space, trials), names),
+        "parallel": plots.parallel(space, trials, names),
+    }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def _write_report(
+    recipe: Recipe, space: Space, folder: Path, trials: Sequence[Trial], figures: dict[str, Any]
+) -> None:
+    """One HTML file without outside references."""
+    images = []
+    for figure in figures.values():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+        images.append(f'<img alt="plot" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
+    ended = [[t.name, t.state, t.reason or f"at step {t.steps}"] for t in trials if t.state in ("stopped", "failed")]
+    facts = [
+        ["recipe", f"{recipe.name}, seed {recipe.seed}"],
+        ["command", shlex.join(["python", *sys.argv])],
+        *[[f"goal {i + 1}", goal_name(space, i)] for i in range(len(space.goals))],
+        *[["subject to", text] for text in space.subject_to],
+        ["search", f"{space.search.type}, seed {space.search.seed}, scheduler {space.scheduler.type}"],
+        *[[path, f"{about.kind} {about.values}"] for path, about in space.space.items()],
+    ]
+    body = "\n".join(
+        [
+            f"<h1>{html.escape(folder.name)}</h1>",
+            f'<div class="plots">{"".join(images)}</div>',
+            "<h2>Trials</h2><p>The best first; * is in the Pareto set.</p>" + _table([_header(space), *_rows(space, trials)]),
+            "<h2>Not finished</h2>" + _table([["trial", "state", ""], *ended]) if ended else "",
+            "<h2>How this was made</h2>" + _table([["", ""], *facts]),
+        ]
+    )
+    write_whole(folder / "report.html", _PAGE.format(title=html.escape(folder.name), body=body))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = [
+        "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>"
+        for tag, row in zip(["th", *["td"] * len(rows)], rows, strict=False)
+    ]
+    return f"<table>{''.join(lines)}</table>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.4rem; overflow-wrap: anywhere; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .25rem .7rem; border-bottom: 1px solid #8884; text-align: left; }}
+.plots {{ display: flex; flex-wrap: wrap; gap: .5rem; }}
+img {{ max-width: 100%; max-height: 24rem; background: white; border-radius: 4px; }}
+</style></head><body>
+{body}
+</body></html>
+"""

@@ -1,0 +1,123 @@
+"""What is seen of a sweep while it goes on: a table in place on a terminal, single lines elsewhere."""
+
+import json
+import sys
+import time
+from typing import Any
+
+from components.config.tuning import Space
+from components.console import duration, number, table
+from components.files import read_lines
+from components.tuning.spaces import Params
+from components.tuning.trials import Trial
+from pipelines.cli import say
+
+_WIDEST = 18  # characters of a value
+_EVERY = 0.5  # seconds between two drawings
+
+
+class Table:
+    """Trials with their state, settings, step, probes and time."""
+
+    def __init__(self, space: Space, count: int):
+        self.space, self.count = space, count
+        self.names = short_names(list(space.space))
+        self.live = sys.stdout.isatty()
+        self.began: dict[int, float] = {}
+        self.rows: dict[int, list[str]] = {}
+        self.drawn, self.drawn_at = 0, 0.0
+
+    def __enter__(self) -> "Table":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._draw(last=True)
+
+    def __reduce__(self) -> Any:
+        return (Table, (self.space, self.count))
+
+    def begins(self, trial: Trial) -> None:
+        """A trial is begun, or gone on with."""
+        self.began[trial.number] = time.monotonic()
+        self._show(trial, f"{trial.name} begins   {settings_text(self.names, trial.params)}")
+
+    def reports(self, trial: Trial) -> None:
+        """A trial has measured something."""
+        self._show(trial, f"{trial.name} step {trial.steps:>4} {_probes(trial)}  {self._time(trial)}")
+
+    def ends(self, trial: Trial) -> None:
+        """A trial is finished, stopped or failed."""
+        words = {
+            "finished": "  ".join(
+                f"{'value' if len(trial.values) == 1 else f'goal {i + 1}'} {number(v)}"
+                for i, v in enumerate(trial.values)
+            )
+            + ("" if trial.feasible else "  conditions are missed"),
+            "stopped": f"at step {trial.steps}, behind the others",
+            "failed": trial.reason,
+        }[trial.state]
+        self._show(trial, f"{trial.name} {trial.state:<8} {words}  {self._time(trial)}")
+
+    def _time(self, trial: Trial) -> str:
+        return duration(time.monotonic() - self.began.get(trial.number, time.monotonic()))
+
+    def _show(self, trial: Trial, line: str) -> None:
+        probes = _last_probe(trial)
+        values = "  ".join(number(value) for value in trial.values) or "-"
+        self.rows[trial.number] = [
+            str(trial.number), trial.state, *(_cell(trial.params.get(path)) for path in self.names), str(trial.steps),
+            number(probes.get("probe/forget_probability")), number(probes.get("probe/normal_probability")), values,
+            self._time(trial),
+        ]  # fmt: skip
+        if self.live:
+            self._draw()
+        else:
+            say(f"  {line}")
+
+    def _draw(self, last: bool = False) -> None:
+        if not self.live or not (last or time.monotonic() - self.drawn_at > _EVERY):
+            return
+        header = ["trial", "state", *self.names.values(), "step", "forget", "normal", "value", "time"]
+        text = table(header, [self.rows[key] for key in sorted(self.rows)])
+        up = f"\x1b[{self.drawn}F\x1b[J" if self.drawn else ""
+        sys.stdout.write(f"{up}{text}\n")
+        sys.stdout.flush()
+        self.drawn, self.drawn_at = text.count("\n") + 1, time.monotonic()
+
+
+def short_names(paths: list[str]) -> dict[str, str]:
+    """By path, as few of its last parts as tell it from the others; ε1, ε2 and ε3 for the weights."""
+    epsilons = {f"objective.{group}.weight": f"ε{i}" for i, group in enumerate(("forget", "random", "normal"), start=1)}
+    names = {}
+    for path in paths:
+        parts = path.split(".")
+        tails = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        alone = (t for t in tails if sum(other == t or other.endswith(f".{t}") for other in paths) == 1)
+        names[path] = epsilons.get(path) or next(alone, path)
+    return names
+
+
+def settings_text(names: dict[str, str], params: Params) -> str:
+    """`ε1 0.03  ε2 1`."""
+    return "  ".join(f"{names[path]} {_cell(value)}" for path, value in params.items() if path in names)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return number(value)
+    text = value.get("type", json.dumps(value)) if isinstance(value, dict) else str(value)
+    return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 1]}…"
+
+
+def _last_probe(trial: Trial) -> dict[str, Any]:
+    probed = [line for line in read_lines(trial.folder / "metrics.jsonl") if any("probe/" in key for key in line)]
+    return probed[-1] if probed else {}
+
+
+def _probes(trial: Trial) -> str:
+    last = _last_probe(trial)
+    return "  ".join(
+        f"{group} {number(last[key])}" for group in ("forget", "normal") if (key := f"probe/{group}_probability") in last
+    )

@@ -1,0 +1,236 @@
+"""One trial of a sweep: train as unlearn.py does, evaluate, judge. Runs in a Tune actor, which serves many trials.
+
+A job of one worker is trained by the actor itself; one of more workers starts Ray Train from there.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ray import tune
+
+from components.config import Recipe
+from components.config.tuning import Space
+from components.data.prepare import Prepared
+from components.errors import own_error
+from components.files import read_lines, write_whole
+from components.models import fingerprint
+from components.training.checkpoint_files import Place, remove_all
+from components.training.job import Job
+from components.training.launch import run_job
+from components.training.reference import needs, reference_pass
+from components.tuning.spaces import judged, recipe_of
+from components.tuning.trials import end_trial, reports, trial_folder
+from pipelines.cli import storage_folder
+from pipelines.evaluate import evaluate_model, retain_reference, score_model, score_models
+from pipelines.finetune import Model
+from pipelines.prepare import Streams
+from pipelines.training import checkpoint_place
+
+_LOOK = 0.2  # seconds between two looks at what training has written
+_PATIENCE = 120.0  # seconds that a trial which is to stop may take for its present step
+
+
+class Shared(NamedTuple):
+    """What is made once for all trials of a sweep."""
+
+    recipe: Recipe
+    """Without the trials' own settings; its storage is absolute."""
+    space: Space
+    original: Model
+    retain_only: Model | None
+    rows: dict[str, str]
+    """Folders of prepared rows by stream, and `without`, the file of normal rows to leave out."""
+    made_from: dict[str, str]
+    questions: dict[str, Prepared]
+    metrics: dict[str, dict[str, float]]
+    """Of the models to compare with: `original`, `retain_only`."""
+
+
+def write_shared(sweep: Path, shared: Shared) -> None:
+    """For the trials, which know the sweep's folder only."""
+    plain = {
+        "recipe": shared.recipe.model_dump(mode="json"), "space": shared.space.model_dump(mode="json"),
+        "original": shared.original, "retain_only": shared.retain_only, "rows": shared.rows,
+        "made_from": shared.made_from, "questions": shared.questions, "metrics": shared.metrics,
+    }  # fmt: skip
+    write_whole(sweep / "shared.json", json.dumps(plain, indent=2, default=str))
+
+
+def read_shared(sweep: Path) -> Shared:
+    """What `write_shared` wrote."""
+    plain = json.loads((sweep / "shared.json").read_text())
+    return Shared(
+        recipe=Recipe.model_validate(plain["recipe"]), space=Space.model_validate(plain["space"]),
+        original=_model(plain["original"]), retain_only=plain["retain_only"] and _model(plain["retain_only"]),
+        rows=plain["rows"], made_from=plain["made_from"],
+        questions={name: Prepared(Path(found[0]), *found[1:]) for name, found in plain["questions"].items()},
+        metrics=plain["metrics"],
+    )  # fmt: skip
+
+
+def _model(plain: list[str]) -> Model:
+    return Model(Path(plain[0]), plain[1])
+
+
+def rows_of(streams: Streams) -> dict[str, str]:
+    """Folders of the streams, as `Shared` keeps them."""
+    rows = {name: str(prepared.folder) for name, prepared in streams.sets().items()}
+    return {**rows, "without": str(streams.without)} if streams.without else rows
+
+
+def in_process(recipe: Recipe) -> bool:
+    """Whether a trial needs no Ray Train of its own."""
+    return recipe.train.workers <= 1
+
+
+def trial_job(recipe: Recipe, folder: Path, shared: Shared) -> Job:
+    """What `recipe` trains in `folder`; the reference pass is found, or made where only this trial needs it."""
+    train = recipe.train.model_copy(update={"workers": 0}) if in_process(recipe) else recipe.train
+    rows = {name: place for name, place in shared.rows.items() if name != "without"}
+    job = Job(
+        model=str(shared.original.folder),
+        output=str(folder / "model"),
+        metrics=str(folder / "metrics.jsonl"),
+        events=str(folder / "events.jsonl"),
+        stop=str(folder / "stop"),
+        group=str(folder / "group"),
+        checkpoints=_checkpoints(recipe, folder),
+        made_from=shared.made_from,
+        **{name: place for name, place in rows.items() if name in recipe.objective.groups()},
+        normal_without=shared.rows.get("without"),
+        objective=recipe.objective,
+        optimizer=recipe.optimizer,
+        train=train,
+        mask=recipe.mask,
+        guards=recipe.guards,
+        responses_by_row=recipe.data.responses == "by_row",
+        seed=recipe.seed,
+    )
+    references = {
+        group: str(reference_pass(job, group, what, shared.original.hash, storage_folder(recipe)))
+        for group, what in needs(recipe.objective).items()
+    }
+    return job.model_copy(update={"reference": references})
+
+
+def run_trial(sweep: Path, number: int) -> None:
+    """Train and judge a trial, or go on with it. Writes `result.json` unless it is stopped or this process dies."""
+    folder, shared = trial_folder(sweep, number), read_shared(sweep)
+    try:
+        recipe = recipe_of(shared.recipe, json.loads((folder / "trial.json").read_text())["params"])
+        write_whole(folder / "config.json", recipe.model_dump_json(indent=2))
+        job = trial_job(recipe, folder, shared)
+        _train(job, folder)
+        evaluated_in = time.perf_counter()
+        metrics = _evaluate(recipe, folder, shared)
+        about = judged(shared.space, metrics, shared.metrics)
+    except Exception as error:
+        own = own_error(error)
+        told = str(own) if own else f"{type(error).__name__}: {error}"
+        end_trial(folder, "failed", reason=" ".join(told.split())[:500])
+        return
+    lines = read_lines(folder / "metrics.jsonl")
+    seconds = {
+        "train": sum(line["perf/step_seconds"] for line in lines), "evaluate": time.perf_counter() - evaluated_in,
+    }  # fmt: skip
+    end_trial(folder, "finished", metrics=metrics, seconds=seconds, **about)
+    clear(folder, recipe)
+
+
+def clear(folder: Path, recipe: Recipe) -> None:
+    """Remove what only going on with a trial needs."""
+    for name in ("stop", "group", "trained.json"):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # they only take room
+        remove_all(Place(_checkpoints(recipe, folder)))
+
+
+def _checkpoints(recipe: Recipe, folder: Path) -> str:
+    return checkpoint_place(recipe.train, folder / "checkpoints", f"{folder.parent.name}-{folder.name}")
+
+
+def _train(job: Job, folder: Path) -> None:
+    if (folder / "trained.json").exists():
+        return
+    if job.train.workers == 0:
+        import torch
+
+        from components.batch_inference import hide_gpus
+
+        torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))  # as in a worker of Ray Train
+        if not job.train.gpus_per_worker:
+            hide_gpus()
+    outcome = run_job(job, folder)
+    write_whole(folder / "trained.json", json.dumps(outcome))
+
+
+def _evaluate(recipe: Recipe, folder: Path, shared: Shared) -> dict[str, float]:
+    if in_process(recipe):
+        train = recipe.train.model_copy(update={"workers": 0})
+        recipe = recipe.model_copy(update={"train": train})
+    models = {"original": shared.original}
+    if shared.retain_only:
+        models["retain-only"] = shared.retain_only
+    known = score_models(recipe, models, shared.questions)  # found
+    model = Model(folder / "model", fingerprint(folder / "model"))
+    records = score_model(recipe, model, shared.questions, known["original"])
+    return evaluate_model(recipe, model, records, retain_reference(recipe, known.get("retain-only"))).values
+
+
+class Run(tune.Trainable):
+    """The actor: its thread runs a trial, its steps tell of the probes as they come."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.cleanup()
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: Mapping[str, Any]) -> None:
+        from components.models import quiet_libraries
+
+        quiet_libraries()
+        self.sweep, self.number = Path(config["sweep"]), config["number"]
+        self.space = read_shared(self.sweep).space
+        self.folder = trial_folder(self.sweep, self.number)
+        self.told = 0
+        self.thread = threading.Thread(
+            target=_quietly_stopped, args=(self.sweep, self.number), name="trial", daemon=True
+        )
+        self.thread.start()
+
+    def step(self) -> dict[str, Any]:
+        """The next probe's result, or the trial's end."""
+        while True:
+            alive = self.thread.is_alive()
+            lines = read_lines(self.folder / "metrics.jsonl")
+            new = {step: compared for step, compared in reports(self.space, lines).items() if step > self.told}
+            if new:
+                self.told = min(new)
+                return {"number": self.number, "step": self.told, "compared": new[self.told]}
+            if not alive:
+                return {"number": self.number, "step": max(self.told, 1), "done": True}
+            self.thread.join(_LOOK)
+
+    def cleanup(self) -> None:
+        """End the trial after its present step, in order: Ray Train's workers and their placement group go, too."""
+        deadline = time.monotonic() + _PATIENCE
+        while self.thread.is_alive() and time.monotonic() < deadline:
+            (self.folder / "stop").touch()
+            self.thread.join(_LOOK)
+        if (self.folder / "result.json").exists():
+            clear(self.folder, read_shared(self.sweep).recipe)
+
+
+def _quietly_stopped(sweep: Path, number: int) -> None:
+    try:
+        run_trial(sweep, number)
+    except KeyboardInterrupt:  # Stopped: as asked by cleanup
+        return
