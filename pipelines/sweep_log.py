@@ -94,7 +94,11 @@ class Log:
         goals = {f"goal_{i + 1}": value for i, value in enumerate(trial.values)}
         put_metrics(spool, "eval", trial.metrics, step=trial.steps)
         put_metrics(spool, "sweep", goals, step=trial.steps)
-        tags = {"state": trial.state, "feasible": str(trial.feasible), **({"reason": trial.reason} if trial.reason else {})}
+        tags = {
+            "state": trial.state,
+            "feasible": str(trial.feasible),
+            **({"reason": trial.reason} if trial.reason else {}),
+        }
         spool.put("tags", tags=tags)
         spool.put("end", status=_STATUS[trial.state])
 

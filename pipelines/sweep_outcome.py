@@ -124,9 +124,7 @@ def _figures(space: Space, folder: Path, trials: Sequence[Trial]) -> dict[str, A
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def _write_report(
-    recipe: Recipe, space: Space, folder: Path, trials: Sequence[Trial], figures: dict[str, Any]
-) -> None:
+def _write_report(recipe: Recipe, space: Space, folder: Path, trials: Sequence[Trial], figures: dict[str, Any]) -> None:
     """One HTML file without outside references."""
     images = []
     for figure in figures.values():
@@ -146,7 +144,8 @@ def _write_report(
         [
             f"<h1>{html.escape(folder.name)}</h1>",
             f'<div class="plots">{"".join(images)}</div>',
-            "<h2>Trials</h2><p>The best first; * is in the Pareto set.</p>" + _table([_header(space), *_rows(space, trials)]),
+            "<h2>Trials</h2><p>The best first; * is in the Pareto set.</p>"
+            + _table([_header(space), *_rows(space, trials)]),
             "<h2>Not finished</h2>" + _table([["trial", "state", ""], *ended]) if ended else "",
             "<h2>How this was made</h2>" + _table([["", ""], *facts]),
         ]

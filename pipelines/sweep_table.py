@@ -119,5 +119,7 @@ def _last_probe(trial: Trial) -> dict[str, Any]:
 def _probes(trial: Trial) -> str:
     last = _last_probe(trial)
     return "  ".join(
-        f"{group} {number(last[key])}" for group in ("forget", "normal") if (key := f"probe/{group}_probability") in last
+        f"{group} {number(last[key])}"
+        for group in ("forget", "normal")
+        if (key := f"probe/{group}_probability") in last
     )

@@ -8,7 +8,6 @@ command goes on with a sweep that was stopped, and shows one that is finished.
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -21,11 +20,19 @@ from components.config import Recipe, differences
 from components.config.tuning import Space
 from components.console import duration
 from components.errors import ClusterError, ConfigError, TrainingError
-from components.files import only_one, write_whole, writing
+from components.files import only_one, writing
 from components.tuning import pareto
 from components.tuning.search import next_point, planned_trials
-from components.tuning.spaces import corner_points, judged, load_sweep, look_up, recipe_of, sweep_name
-from components.tuning.trials import Trial, begin_trial, end_trial, read_trials, trial_folder
+from components.tuning.spaces import corner_points, judged, load_sweep, recipe_of, sweep_name
+from components.tuning.trials import (
+    Trial,
+    begin_trial,
+    end_trial,
+    explain_failure,
+    goal_name,
+    read_trials,
+    trial_folder,
+)
 from pipelines.cli import exit_code, ray_session, say, storage_folder
 from pipelines.finetune import count_rows, planned_steps
 from pipelines.sweep_outcome import summary_text, write_files
@@ -35,6 +42,7 @@ _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # a sweep goes on from its trials' folders
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_MAX_PENDING_TRIALS_PG": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
@@ -106,7 +114,7 @@ def plan(sweep: Sweep) -> str:
         f"trials    {count} of {steps or 'unknown'} steps, {at_once}, {len(done)} done; search {space.search.type}, "
         f"scheduler {space.scheduler.type}",
         f"time      {f'{duration(each)} a trial' if each else 'unknown until a trial or a run like it is done'}{total}",
-        f"goals     {'; '.join(g.minimise and f'minimise {g.minimise}' or f'maximise {g.maximise}' for g in space.goals)}",
+        *(f"goal      {goal_name(space, place)}" for place in range(len(space.goals))),
         *(f"          subject to {text}" for text in space.subject_to),
     ]
     return "\n".join(lines)
@@ -274,7 +282,8 @@ def _run_trials(sweep: Sweep, count: int, at_once: int) -> None:
         resources["GPU"] = train.gpus_per_worker
     place = sweep.folder / "ray-tune"
     shutil.rmtree(place, ignore_errors=True)
-    say(f"trials       {count}, {at_once} at once, each {'in one process' if alone else f'on {train.workers} Ray workers'}")
+    where = "in one process" if alone else f"on {train.workers} Ray workers"
+    say(f"trials       {count}, {at_once} at once, each {where}")
     with Log(sweep.recipe, sweep.folder) as log, Table(sweep.space, count) as table:
         log.begin(sweep.space)
         driver = make_driver(sweep, count, table, log)
@@ -287,6 +296,7 @@ def _run_trials(sweep: Sweep, count: int, at_once: int) -> None:
             run_config=tune.RunConfig(
                 name="ray-tune", storage_path=str(sweep.folder), verbose=0, callbacks=[driver.watch],
                 failure_config=tune.FailureConfig(max_failures=0),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )  # fmt: skip
         tuner.fit()
@@ -332,7 +342,7 @@ def make_driver(sweep: Sweep, count: int, table: Table, log: Any) -> Driver:
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             folder = trial_folder(sweep.folder, numbers[trial_id])
             if error:
-                end_trial(folder, "failed", reason="the trial's process ended: killed, or out of memory")
+                end_trial(folder, "failed", reason="the trial's process ended")
                 _free_groups(sweep, folder)
                 clear(folder, sweep.recipe)
             else:
@@ -343,14 +353,30 @@ def make_driver(sweep: Sweep, count: int, table: Table, log: Any) -> Driver:
             _drop_models(sweep, trials)
 
     class Watch(tune.Callback):
-        """Hears of each probe."""
+        """Hears of each probe, and why a process ended."""
+
+        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            folder = trial_folder(sweep.folder, numbers[trial.trial_id])
+            if why := _why(trial.get_pickled_error()):
+                explain_failure(folder, why)
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+            if result.get("done"):
+                return
             found = sweep.trials()[numbers[trial.trial_id]]
             table.reports(found)
             log.reports(found)
 
     return Driver(Search(), _scheduler(sweep), Watch())
+
+
+def _why(error: BaseException | None) -> str:
+    """What Ray knows of a process that ended, in a line."""
+    if error is None:
+        return ""
+    told = " ".join(str(error).split())
+    detail = told.rpartition("Worker exit detail: ")[2]
+    return f"the trial's process ended: {detail[:300]}"
 
 
 class _Ended:

@@ -100,7 +100,7 @@ class Scheduler(Section):
 
     type: Literal["none", "asha", "median"] = "none"
     maximise: str = "probe.normal_probability - probe.forget_probability"
-    """What is compared at the same step: an expression of a step's metrics, as in metrics.jsonl with . in place of /."""
+    """What is compared at the same step: an expression of a step's metrics, as in metrics.jsonl, with . for /."""
     grace: int = Field(10, ge=1)
     """Steps that every trial may take."""
     reduction: float = Field(3.0, gt=1)
@@ -163,7 +163,9 @@ class Space(Section):
             for other in order[:place]:
                 if other.startswith(f"{path}."):
                     problems.append(f"{path} holds {other}, which is searched too: name {path} before it")
-        problems += [f"{path} is searched and stands under settings too" for path in self.settings if path in self.space]
+        problems += [
+            f"{path} is searched and stands under settings too" for path in self.settings if path in self.space
+        ]
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -4,6 +4,7 @@ Optuna's study is made anew from the trials' folders each time, so that a sweep 
 not been.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,8 +117,9 @@ def distribution(searched: Searched) -> Any:
     if kind in ("choice", "grid"):
         return CategoricalDistribution([label(value) for value in values])
     if kind in ("randint", "lograndint"):
-        return IntDistribution(*values, log=kind == "lograndint")
-    return FloatDistribution(*values[:2], log=kind == "loguniform", step=values[2] if kind == "quniform" else None)
+        return IntDistribution(values[0], values[1], log=kind == "lograndint")
+    step = values[2] if kind == "quniform" else None
+    return FloatDistribution(values[0], values[1], log=kind == "loguniform", step=step)
 
 
 def importances(space: Space, trials: Sequence[Trial]) -> dict[str, float]:
@@ -129,9 +131,12 @@ def importances(space: Space, trials: Sequence[Trial]) -> dict[str, float]:
         return {}
     study = make_study(space, finished)
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(evaluate_on_local=False)
-    try:
-        return dict(
-            optuna.importance.get_param_importances(study, evaluator=evaluator, target=lambda trial: trial.values[0])
-        )
-    except (ValueError, RuntimeError):  # all alike
-        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it looks for low values, which goals are turned into
+        try:
+            found = optuna.importance.get_param_importances(
+                study, evaluator=evaluator, target=lambda trial: trial.values[0]
+            )
+        except (ValueError, RuntimeError):  # all alike
+            return {}
+    return dict(found)

@@ -164,10 +164,7 @@ def check_space(space: Space, recipe: Recipe) -> None:
     """
     problems = [*_path_problems(space), *_expression_problems(space, recipe)]
     if not problems:
-        seen: dict[str, None] = {}
-        for problem in _corner_problems(space, recipe):
-            seen.setdefault(problem)
-        problems = list(seen)
+        problems = list(dict.fromkeys(_corner_problems(space, recipe)))
     if problems:
         raise ConfigError(f"{len(problems)} mistake(s) in the space:\n" + "\n".join(f"  {text}" for text in problems))
 
@@ -188,7 +185,7 @@ def _corner_problems(space: Space, recipe: Recipe) -> Iterator[str]:
     for path in space.space:
         points = list(_corners(space, base, path))
         if not points:
-            yield f"{path}: is never searched, since nothing gives {space.space[path].when}."
+            yield f"{path}: is never searched, since nothing gives {json.dumps(space.space[path].when)}."
         for params in points:
             raw = with_params(base, params)
             if not allowed(space, raw):
@@ -198,9 +195,18 @@ def _corner_problems(space: Space, recipe: Recipe) -> Iterator[str]:
             except ConfigError as error:
                 shown = ", ".join(f"{key}={json.dumps(value)}" for key, value in params.items())
                 told = "; ".join(line.strip() for line in str(error).splitlines()[1:])
-                yield f"{told} With {shown}." if path not in told else told
+                yield f"{told} With {shown}." if told.startswith("recipe") else told
+            for lost in (key for key, value in params.items() if not _contains(look_up(raw, key), value)):
+                given = f"{path}={json.dumps(params[path])}"
+                yield f"{lost}: has no effect with {given}; name it after what it depends on, with a when."
     for name in sorted(constrained - there) if there else []:
         yield f"constraint names {name}, which is no setting.{_nearest(name, there)}"
+
+
+def _contains(there: Any, value: Any) -> bool:
+    if isinstance(value, dict):
+        return isinstance(there, dict) and (there.get("type") == value["type"] if "type" in value else True)
+    return there == value
 
 
 def corner_points(space: Space, recipe: Recipe) -> list[Params]:

@@ -69,6 +69,13 @@ def end_trial(folder: Path, state: State, **about: Any) -> bool:
     return True
 
 
+def explain_failure(folder: Path, reason: str) -> None:
+    """Put a better reason in place of that of a trial whose process ended."""
+    result = json.loads((folder / "result.json").read_text())
+    if result["state"] == "failed":
+        write_whole(folder / "result.json", json.dumps({**result, "reason": reason}, indent=2))
+
+
 def read_trials(sweep: Path, space: Space) -> list[Trial]:
     """All trials that were begun, by number."""
     return [_read(file.parent, space) for file in sorted(sweep.glob("trial-*/trial.json"))]
@@ -77,7 +84,7 @@ def read_trials(sweep: Path, space: Space) -> list[Trial]:
 def _read(folder: Path, space: Space) -> Trial:
     begun = json.loads((folder / "trial.json").read_text())
     file = folder / "result.json"
-    ended = json.loads(file.read_text()) if file.exists() else {"state": "running"}
+    ended: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"state": "running"}
     lines = read_lines(folder / "metrics.jsonl")
     return Trial(
         number=begun["number"], folder=folder, params=begun["params"], sampler=begun["sampler"],
@@ -114,11 +121,11 @@ def trials_csv(trials: Sequence[Trial], space: Space) -> str:
          *metrics, "reason"]
     )  # fmt: skip
     for trial in trials:
-        shown = [trial.params.get(path, "") for path in params]
+        shown: list[Any] = [trial.params.get(path, "") for path in params]
         writer.writerow(
             [trial.number, trial.state, int(trial.feasible),
              *(json.dumps(value) if isinstance(value, dict | list) else value for value in shown),
-             *(trial.values or [""] * len(goals)), *(trial.excess or [""] * len(conditions)), trial.steps,
+             *(trial.values or [None] * len(goals)), *(trial.excess or [None] * len(conditions)), trial.steps,
              trial.seconds.get("train", ""), trial.seconds.get("evaluate", ""),
              *(trial.metrics.get(name, "") for name in metrics), trial.reason]
         )  # fmt: skip

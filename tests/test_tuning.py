@@ -1,0 +1,336 @@
+"""Spaces, what is tried next, and what is best: without Ray."""
+
+import csv
+import io
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from components.config.tuning import Space
+from components.errors import ConfigError
+from components.load_config import checked, load_recipe
+from components.tuning import expressions, pareto
+from components.tuning.search import importances, next_point
+from components.tuning.spaces import choose, corner_points, grid_points, load_sweep, own_point, recipe_of, sweep_name
+from components.tuning.trials import Trial, begin_trial, end_trial, read_trials, trials_csv
+from pipelines.sweep_table import short_names
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "pipelines" / "recipes" / "demo.yaml"
+SPACES = sorted((ROOT / "tune_spaces").glob("*.yaml"))
+EPSILON = {"objective.forget.weight": {"loguniform": [0.01, 0.1]}}
+
+
+def load(tmp_path: Path, space: dict, *overrides: str) -> tuple:
+    file = tmp_path / "space.yaml"
+    file.write_text(yaml.safe_dump(space, sort_keys=False))
+    return load_sweep([str(DEMO), str(file)], overrides)
+
+
+def space_of(**sections: Any) -> Space:
+    return checked(Space, {"space": EPSILON, **sections}, "space")
+
+
+# --- expressions ------------------------------------------------------------------------------------------------------
+
+
+def test_expressions_are_numbers_of_names() -> None:
+    known = {"a": 3.0, "b.c": 4.0}
+    assert expressions.value("abs(a - 2 * b.c) / 5", known) == 1.0
+    assert expressions.value("max(a, b.c) - min(a, -1) + log10(100)", known) == 7.0
+    assert expressions.names("abs(a - b.c) + a") == ["a", "b.c"]
+    assert expressions.excess("a >= 0.95 * b.c", known) == pytest.approx(0.8)
+    assert expressions.excess("a <= b.c", known) == -1.0
+    assert expressions.holds("a <= 3", known)
+    assert not expressions.holds("a < 3", known)
+
+
+@pytest.mark.parametrize("text", ["a +", "open('x')", "a.b()", "[a]", "'a'", "a if b else c", "True", "a > b", "f(a)"])
+def test_what_is_no_expression_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="Expression is not understood"):
+        expressions.names(text)
+
+
+def test_a_condition_is_one_comparison() -> None:
+    for text in ("a", "a < b < c", "a == b"):
+        with pytest.raises(ConfigError, match="Condition is not understood"):
+            expressions.names(text, condition=True)
+
+
+# --- spaces -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", SPACES, ids=lambda file: file.stem)
+def test_shipped_spaces_fit_the_demo(file: Path) -> None:
+    recipe, space, _ = load_sweep([str(DEMO), str(file)], [])
+    drawn = random.Random(0)
+    base = recipe.model_dump(mode="json")
+    for number in range(20):
+        params, _ = next_point(space, base, [], number + drawn.randrange(1000))
+        recipe_of(recipe, params)
+
+
+@pytest.mark.parametrize(
+    ("space", "overrides", "words"),
+    [
+        ({"space": {"optimizer.gama": {"uniform": [1, 2]}}}, [], "Did you mean gamma"),
+        ({"space": {"optimizer.gamma": {"unifrm": [1, 2]}}}, [], "Did you mean uniform"),
+        ({"space": {"optimizer.gamma": {"uniform": [2, 2]}}}, [], r"uniform \[2, 2\] is empty"),
+        ({"space": {"optimizer.gamma": {"loguniform": [0, 2]}}}, [], "touches 0"),
+        ({"space": {"optimizer.gamma": {"quniform": [1, 2, 3]}}}, [], "step 3 must be"),
+        ({"space": {"optimizer.gamma": {"uniform": [-1, 2]}}}, [], "greater than 0"),
+        ({"space": {"train.epochs": {"uniform": [1, 9]}}}, [], "valid integer"),
+        ({"space": {"optimizer.gamma": {}}}, [], "exactly one of"),
+        ({"space": {"optimizer.gamma": {"choice": [1], "grid": [2]}}}, [], "exactly one of"),
+        ({"space": {"optimizer.gamma": {"grid": [1, 2]}}}, [], "grid, which search.type=optuna does not walk"),
+        ({"space": EPSILON, "search": {"type": "grid"}}, [], "search.type=grid tries given values only"),
+        ({"space": EPSILON, "search": {"sampler": "nsga2"}}, [], "two goals"),
+        ({"space": EPSILON, "goals": [{"minimise": "forget_truthratio"}]}, [], "Did you mean forget_truth_ratio"),
+        ({"space": EPSILON, "goals": [{"minimise": "a", "maximise": "b"}]}, [], "either minimise or maximise"),
+        ({"space": EPSILON, "goals": [{"minimise": "champion.model_utility"}]}, [], "is of no model"),
+        ({"space": EPSILON, "subject_to": ["model_utility"]}, [], "Condition is not understood"),
+        ({"space": EPSILON, "scheduler": {"type": "asha"}}, [], "set train.probe.every"),
+        ({"space": EPSILON, "constraints": ["optimizer.gama < 1"]}, [], "Did you mean optimizer.gamma"),
+        ({"space": {"data.max_tokens": {"randint": [9, 99]}}}, [], "all trials share"),
+        ({"space": {"seed": {"randint": [0, 9]}}}, [], "all trials share"),
+        ({"space": {"train.workers": {"randint": [1, 2]}}}, [], "does not change the result"),
+        ({"space": EPSILON}, ["objective.forget.weight=1"], "Searched settings are given too"),
+        ({"space": EPSILON, "settings": {"objective.forget.weight": 1}}, [], "stands under settings too"),
+        ({"space": EPSILON}, ["train.wrkers=1"], "Did you mean workers"),
+        ({"space": EPSILON}, ["search.trails=1"], "Did you mean trials"),
+        ({"space": EPSILON, "settings": {"train.wrkers": 1}}, [], "Did you mean workers"),
+        ({"space": {"optimizer.type": {"choice": ["adamw", "influence"]}}}, [], "train.gradient_clipping=0"),
+        ({"space": {"optimizer.lr": {"uniform": [0.1, 1]}, "optimizer.type": {"choice": ["soul", "adamw"]}}}, [],
+         "optimizer.lr: has no effect"),
+        ({"space": {"optimizer.gamma": {"uniform": [1, 2], "when": {"optimizer.type": "adamw"}}}}, [],
+         "never searched"),
+        ({"space": {"optimizer.gamma": {"uniform": [1, 2], "when": {"optimizer.lr": 1}},
+                    "optimizer.lr": {"choice": [1, 2]}}}, [], "name optimizer.lr before it"),
+        ({"space": {"objective.forget.weight": {"choice": [1, 2]}, "objective.forget": {"choice": [{"type": "npo"}]}}},
+         [], "name objective.forget before it"),
+    ],
+)  # fmt: skip
+def test_wrong_spaces_are_told_before_anything_starts(
+    tmp_path: Path, space: dict, overrides: list[str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load(tmp_path, space, *overrides)
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    space = {"optimizer.gama": {"uniform": [1, 2]}, "train.epochs": {"choice": [0, 1]}}
+    with pytest.raises(ConfigError, match=r"2 mistake\(s\) in the space") as error:
+        load(tmp_path, {"space": space})
+    assert "greater than or equal to 1" in str(error.value)
+
+
+def test_a_setting_is_searched_only_where_another_has_its_value(tmp_path: Path) -> None:
+    space = {
+        "optimizer.type": {"choice": ["soul", "adamw"]},
+        "optimizer.lr": {"loguniform": [1e-4, 1e-3]},
+        "optimizer.hessian_interval": {"lograndint": [1, 20], "when": {"optimizer.type": "soul"}},
+        "objective.forget": {"choice": [{"type": "npo"}, {"type": "gradient_ascent"}]},
+        "objective.forget.beta": {"uniform": [0.1, 1], "when": {"objective.forget.type": ["npo", "simnpo"]}},
+    }
+    recipe, found, _ = load(tmp_path, {"space": space})
+    base = recipe.model_dump(mode="json")
+    for number in range(30):
+        params, _ = next_point(found, base, [], number)
+        made = recipe_of(recipe, params)
+        assert ("optimizer.hessian_interval" in params) == (made.optimizer.type == "soul")
+        assert ("objective.forget.beta" in params) == (made.objective.forget.type == "npo")  # type: ignore[union-attr]
+        assert made.optimizer.lr == params["optimizer.lr"]
+    corners = [recipe_of(recipe, params) for params in corner_points(found, recipe)]
+    assert {corner.optimizer.type for corner in corners} == {"soul", "adamw"}
+    assert {getattr(corner.optimizer, "hessian_interval", None) for corner in corners} >= {1, 20, None}
+
+
+def test_constraints_hold_for_every_draw(tmp_path: Path) -> None:
+    space = {
+        "optimizer.adaptive.soonest": {"randint": [1, 19]}, "optimizer.hessian_interval": {"randint": [2, 20]},
+    }  # fmt: skip
+    constraint = "optimizer.adaptive.soonest < optimizer.hessian_interval"
+    recipe, found, _ = load(tmp_path, {"space": space, "constraints": [constraint]}, "optimizer.adaptive={}")
+    base = recipe.model_dump(mode="json")
+    for number in range(30):
+        params, _ = next_point(found, base, [], number)
+        assert params["optimizer.adaptive.soonest"] < params["optimizer.hessian_interval"]
+
+
+def test_a_grid_is_all_combinations_once(tmp_path: Path) -> None:
+    space = {
+        "optimizer.type": {"grid": ["soul", "adamw"]},
+        "optimizer.lr": {"grid": [1, 2]},
+        "optimizer.hessian_interval": {"grid": [3, 4, 5], "when": {"optimizer.type": "soul"}},
+    }
+    recipe, found, _ = load(tmp_path, {"space": space, "search": {"type": "grid"}})
+    base = recipe.model_dump(mode="json")
+    points = grid_points(found, base)
+    assert len(points) == 2 * 3 + 2
+    assert points[0] == {"optimizer.type": "soul", "optimizer.lr": 1, "optimizer.hessian_interval": 3}
+    assert [next_point(found, base, [], i)[0] for i in range(8)] == points
+
+
+def test_the_first_trial_is_the_recipes_own_where_the_space_holds_it(tmp_path: Path) -> None:
+    recipe, space, _ = load(tmp_path, {"space": EPSILON})
+    assert own_point(space, recipe.model_dump(mode="json")) == {"objective.forget.weight": 0.03}
+    recipe, space, _ = load(tmp_path, {"space": {"objective.forget.weight": {"uniform": [0.5, 1]}}})
+    assert own_point(space, recipe.model_dump(mode="json")) is None
+
+
+def test_the_name_follows_what_is_searched_and_not_how_much(tmp_path: Path) -> None:
+    def name(space: dict, *overrides: str) -> str:
+        return sweep_name(*load(tmp_path, space, *overrides))
+
+    own = name({"space": EPSILON})
+    assert own == name({"space": EPSILON}, "search.trials=99", "concurrent=1", "keep=9", "storage=/elsewhere")
+    assert own != name({"space": EPSILON}, "search.seed=1")
+    assert own != name({"space": EPSILON}, "optimizer.lr=1e-5")
+    wider = {"objective.forget.weight": {"loguniform": [0.01, 0.2]}}
+    assert own != name({"space": wider})
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "pipelines" / "recipes").glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_recipe_is_the_same_after_it_was_written(tmp_path: Path, file: Path) -> None:
+    recipe = load_recipe([file])
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    assert load_recipe([tmp_path / "again.yaml"]) == recipe
+
+
+def test_help_and_dry_run_need_neither_torch_nor_ray(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pipelines.tune import main\n"
+        f"assert main([{str(DEMO)!r}, {str(SPACES[0])!r}, 'storage={tmp_path}', '--dry-run']) == 0\n"
+        "assert not {'torch', 'ray', 'mlflow', 'optuna'} & {*sys.modules}, sorted(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "trials    12 of 70 steps" in done.stdout
+
+
+# --- search -----------------------------------------------------------------------------------------------------------
+
+
+def pretend(sweep: Path, recipe: Any, space: Space, count: int, lose: set[int] = frozenset()) -> list[dict]:  # type: ignore[assignment]
+    """A sweep one trial after the other on a made-up function; trials of `lose` are begun, lost and begun again."""
+    base = recipe.model_dump(mode="json")
+    while len(trials := read_trials(sweep, space)) < count or trials[-1].state == "running":
+        if trials and trials[-1].state == "running":
+            folder, params = trials[-1].folder, trials[-1].params
+        else:
+            params, notes = next_point(space, base, trials, len(trials))
+            folder = begin_trial(sweep, len(trials), params, notes)
+            if len(trials) in lose:
+                continue
+        x = math.log10(params["objective.forget.weight"])
+        values = [(x + 1.7) ** 2, (x + 1.2) ** 2][: len(space.goals)]
+        state: Any = "failed" if folder.name == "trial-003" else "finished"
+        about = {"reason": "NaN"} if state == "failed" else {"values": values, "excess": [-x - 1.5]}
+        end_trial(folder, state, **about)
+    return [trial.params for trial in read_trials(sweep, space)]
+
+
+@pytest.mark.parametrize("search", [{"type": "optuna"}, {"type": "random"}, {"type": "optuna", "sampler": "nsga2"}])
+def test_a_sweep_repeats_exactly_also_when_it_was_interrupted(tmp_path: Path, search: dict) -> None:
+    goals = [{"minimise": "forget_truth_ratio"}, {"maximise": "model_utility"}]
+    space = {
+        "space": {**EPSILON, "optimizer.hessian_interval": {"lograndint": [2, 20]}},
+        "goals": goals if search.get("sampler") == "nsga2" else goals[:1], "search": {**search, "startup": 4},
+    }  # fmt: skip
+    recipe, found, _ = load(tmp_path, space)
+    first, again, lossy = (tmp_path / name for name in ("first", "again", "lossy"))
+    expected = pretend(first, recipe, found, 14)
+    assert pretend(again, recipe, found, 14) == expected
+    assert pretend(lossy, recipe, found, 14, lose={2, 7, 11}) == expected
+    assert len({json.dumps(params) for params in expected}) == 14
+    other = found.model_copy(update={"search": found.search.model_copy(update={"seed": 1})})
+    assert pretend(tmp_path / "other", recipe, other, 14)[1:] != expected[1:]
+
+
+def test_the_estimate_finds_what_chance_does_not(tmp_path: Path) -> None:
+    """The sampler is told the conditions: after its start it draws where they hold, near the lowest value."""
+    recipe, space, _ = load(tmp_path, {"space": EPSILON, "search": {"startup": 6}})
+    points = [math.log10(p["objective.forget.weight"]) for p in pretend(tmp_path / "sweep", recipe, space, 30)]
+    late = points[15:]
+    assert sum(abs(x + 1.5) < 0.15 for x in late) > len(late) / 2, points
+
+
+# --- what is best -----------------------------------------------------------------------------------------------------
+
+
+def trial(
+    number: int, values: list[float], excess: float = 0.0, utility: float = 0.5, state: Any = "finished"
+) -> Trial:
+    return Trial(
+        number, Path(f"trial-{number:03d}"), {"objective.forget.weight": 0.01 * (number + 1)}, {}, state, values,
+        [excess] if values else [], {"model_utility": utility} if values else {}, {}, "", 5, {"train": 1.0},
+    )  # fmt: skip
+
+
+def test_the_pareto_set_is_what_brute_force_finds_in_the_csv() -> None:
+    goals = [{"minimise": "forget_probability"}, {"maximise": "model_utility"}]
+    space = space_of(goals=goals, subject_to=[])
+    draw = random.Random(1)
+    trials = [trial(i, [draw.random().__round__(1), draw.random().__round__(1)]) for i in range(60)]
+    trials.append(trial(60, [], state="failed"))
+    rows = [row for row in csv.DictReader(io.StringIO(trials_csv(trials, space))) if row["state"] == "finished"]
+    small, large = (
+        f"{way} {name}" for way, name in (("minimise", "forget_probability"), ("maximise", "model_utility"))
+    )
+    points = {int(row["trial"]): (float(row[small]), -float(row[large])) for row in rows}
+    beaten = {
+        a for (a, p), (_, q) in itertools.permutations(points.items(), 2)
+        if q[0] <= p[0] and q[1] <= p[1] and q != p
+    }  # fmt: skip
+    assert {t.number for t in pareto.pareto_set(space, trials)} == {*points} - beaten
+    rank = pareto.ranks(pareto.points(space, trials))
+    assert {number for number, r in rank.items() if r == 0} == {*points} - beaten
+    assert max(rank.values()) > 1
+
+
+def test_conditions_come_before_goals() -> None:
+    space = space_of()
+    trials = [trial(0, [0.3]), trial(1, [0.1], excess=0.02), trial(2, [0.2]), trial(3, [0.0], excess=0.5),
+              trial(4, [], state="stopped")]  # fmt: skip
+    assert [t.number for t in pareto.in_order(space, trials)] == [2, 0, 1, 3]
+    assert pareto.best(space, trials[1:2] + trials[3:]) == trials[1]
+    assert {t.number for t in pareto.pareto_set(space, trials)} == {2}
+
+
+def test_models_are_kept_by_pareto_rank() -> None:
+    space = space_of(keep=2)
+    trials = [trial(0, [0.3], utility=0.9), trial(1, [0.2], utility=0.4), trial(2, [0.25], utility=0.3)]
+    assert [t.number for t in pareto.kept(space, trials)] == [1, 0]
+
+
+def test_importance_tells_what_decides() -> None:
+    both = {**EPSILON, "optimizer.gamma": {"uniform": [1, 2]}}
+    space = space_of(space=both)
+    draw = random.Random(0)
+    trials = []
+    for i in range(40):
+        weight, gamma = 10 ** draw.uniform(-2, -1), draw.uniform(1, 2)
+        params = {"objective.forget.weight": weight, "optimizer.gamma": gamma}
+        trials.append(trial(i, [abs(math.log10(weight) + 1.5)])._replace(params=params))
+    found = importances(space, trials)
+    assert next(iter(found)) == "objective.forget.weight"
+    assert found["objective.forget.weight"] > 0.8
+
+
+def test_names_are_as_short_as_they_can_be() -> None:
+    paths = ["objective.forget.weight", "optimizer.lr", "objective.forget.beta", "optimizer.beta"]
+    assert [*short_names(paths).values()] == ["ε1", "lr", "forget.beta", "optimizer.beta"]
+
+
+def test_choose_follows_the_order_of_the_space() -> None:
+    space = space_of(space={"a": {"choice": [1]}, "b": {"choice": [2], "when": {"a": 1}}})
+    assert choose(space, {}, lambda path, searched: searched.values[0]) == {"a": 1, "b": 2}
+    assert choose(space, {}, lambda path, searched: 5) == {"a": 5}
