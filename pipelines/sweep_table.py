@@ -41,9 +41,9 @@ class Table:
         self.began[trial.number] = time.monotonic()
         self._show(trial, f"{trial.name} begins   {settings_text(self.names, trial.params)}")
 
-    def reports(self, trial: Trial) -> None:
-        """A trial has measured something."""
-        self._show(trial, f"{trial.name} step {trial.steps:>4} {_probes(trial)}  {self._time(trial)}")
+    def reports(self, trial: Trial, step: int) -> None:
+        """A trial has measured something after `step`."""
+        self._show(trial, f"{trial.name} step {step:>4} {_probes(trial, step)}  {self._time(trial)}", step)
 
     def ends(self, trial: Trial) -> None:
         """A trial is finished, stopped or failed."""
@@ -61,13 +61,14 @@ class Table:
     def _time(self, trial: Trial) -> str:
         return duration(time.monotonic() - self.began.get(trial.number, time.monotonic()))
 
-    def _show(self, trial: Trial, line: str) -> None:
-        probes = _last_probe(trial)
+    def _show(self, trial: Trial, line: str, step: int | None = None) -> None:
+        probes = _last_probe(trial, step)
         values = "  ".join(number(value) for value in trial.values) or "-"
+        measured = [number(probes.get(f"probe/{group}_probability")) for group in ("forget", "normal")]
+        params = [_cell(trial.params.get(path)) for path in self.names]
+        at = str(step or trial.steps)
         self.rows[trial.number] = [
-            str(trial.number), trial.state, *(_cell(trial.params.get(path)) for path in self.names), str(trial.steps),
-            number(probes.get("probe/forget_probability")), number(probes.get("probe/normal_probability")), values,
-            self._time(trial),
+            str(trial.number), trial.state, *params, at, *measured, values, self._time(trial),
         ]  # fmt: skip
         if self.live:
             self._draw()
@@ -111,13 +112,14 @@ def _cell(value: Any) -> str:
     return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 1]}…"
 
 
-def _last_probe(trial: Trial) -> dict[str, Any]:
-    probed = [line for line in read_lines(trial.folder / "metrics.jsonl") if any("probe/" in key for key in line)]
+def _last_probe(trial: Trial, step: int | None) -> dict[str, Any]:
+    lines = read_lines(trial.folder / "metrics.jsonl")
+    probed = [line for line in lines if any("probe/" in key for key in line) and (not step or line["step"] <= step)]
     return probed[-1] if probed else {}
 
 
-def _probes(trial: Trial) -> str:
-    last = _last_probe(trial)
+def _probes(trial: Trial, step: int) -> str:
+    last = _last_probe(trial, step)
     return "  ".join(
         f"{group} {number(last[key])}"
         for group in ("forget", "normal")

@@ -30,6 +30,7 @@ from components.tuning.trials import (
     end_trial,
     explain_failure,
     goal_name,
+    read_trial,
     read_trials,
     trial_folder,
 )
@@ -334,7 +335,7 @@ def make_driver(sweep: Sweep, count: int, table: Table, log: Any) -> Driver:
             else:
                 return Searcher.FINISHED
             numbers[trial_id] = number
-            trial = sweep.trials()[number]
+            trial = read_trial(trial_folder(sweep.folder, number), sweep.space)
             table.begins(trial)
             log.begins(trial)
             return {"sweep": str(sweep.folder), "number": number}
@@ -363,8 +364,8 @@ def make_driver(sweep: Sweep, count: int, table: Table, log: Any) -> Driver:
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
             if result.get("done"):
                 return
-            found = sweep.trials()[numbers[trial.trial_id]]
-            table.reports(found)
+            found = read_trial(trial_folder(sweep.folder, numbers[trial.trial_id]), sweep.space)
+            table.reports(found, result["step"])
             log.reports(found)
 
     return Driver(Search(), _scheduler(sweep), Watch())

@@ -78,10 +78,11 @@ def explain_failure(folder: Path, reason: str) -> None:
 
 def read_trials(sweep: Path, space: Space) -> list[Trial]:
     """All trials that were begun, by number."""
-    return [_read(file.parent, space) for file in sorted(sweep.glob("trial-*/trial.json"))]
+    return [read_trial(file.parent, space) for file in sorted(sweep.glob("trial-*/trial.json"))]
 
 
-def _read(folder: Path, space: Space) -> Trial:
+def read_trial(folder: Path, space: Space) -> Trial:
+    """One trial that was begun."""
     begun = json.loads((folder / "trial.json").read_text())
     file = folder / "result.json"
     ended: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"state": "running"}
@@ -121,14 +122,13 @@ def trials_csv(trials: Sequence[Trial], space: Space) -> str:
          *metrics, "reason"]
     )  # fmt: skip
     for trial in trials:
-        shown: list[Any] = [trial.params.get(path, "") for path in params]
-        writer.writerow(
-            [trial.number, trial.state, int(trial.feasible),
-             *(json.dumps(value) if isinstance(value, dict | list) else value for value in shown),
-             *(trial.values or [None] * len(goals)), *(trial.excess or [None] * len(conditions)), trial.steps,
-             trial.seconds.get("train", ""), trial.seconds.get("evaluate", ""),
-             *(trial.metrics.get(name, "") for name in metrics), trial.reason]
-        )  # fmt: skip
+        settings = [trial.params.get(path, "") for path in params]
+        row: list[Any] = [trial.number, trial.state, int(trial.feasible)]
+        row += [json.dumps(value) if isinstance(value, dict | list) else value for value in settings]
+        row += trial.values or [""] * len(goals)
+        row += trial.excess or [""] * len(conditions)
+        row += [trial.steps, trial.seconds.get("train", ""), trial.seconds.get("evaluate", "")]
+        writer.writerow([*row, *(trial.metrics.get(name, "") for name in metrics), trial.reason])
     return out.getvalue()
 
 
