@@ -10,16 +10,18 @@ command goes on with a sweep that was stopped, and shows one that is finished.
 import argparse
 import os
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from components.config import Recipe, differences
 from components.config.tuning import Space
 from components.console import duration
-from components.errors import ClusterError, ConfigError, TrainingError
+from components.errors import ClusterError, ConfigError, Stopped, TrainingError
 from components.files import only_one, writing
 from components.tuning import pareto
 from components.tuning.search import next_point, planned_trials
@@ -300,8 +302,29 @@ def _run_trials(sweep: Sweep, count: int, at_once: int) -> None:
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )  # fmt: skip
-        tuner.fit()
+        with _signals_stop():
+            tuner.fit()
     shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def _signals_stop() -> Iterator[None]:
+    """Say that the sweep goes on later, with the signal's own exit code: Ray Tune makes a Ctrl-C of all."""
+    caught: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        caught.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        number = caught[0] if caught else signal.SIGINT
+        raise Stopped("Stopped; the same command goes on from the trials' checkpoints.", number) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Driver(NamedTuple):

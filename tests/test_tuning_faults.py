@@ -136,7 +136,7 @@ def test_the_driver_is_killed_and_the_same_command_goes_on(recipe: Path, straigh
 
 
 def trial_actors(typed: Typed) -> list[psutil.Process]:
-    return [process for process in typed.descendants() if "ray::Run" in " ".join(process.cmdline())]
+    return [process for process in typed.descendants() if "ray::ResourceTrainable" in " ".join(process.cmdline())]
 
 
 def test_a_killed_trial_is_recorded_and_the_others_go_on(recipe: Path) -> None:
