@@ -7,115 +7,25 @@ import json
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ray import tune
 
 from components.config import Recipe
-from components.config.tuning import Space
-from components.data.prepare import Prepared
 from components.errors import own_error
 from components.files import read_lines, write_whole
 from components.models import fingerprint
-from components.training.checkpoint_files import Place, remove_all
 from components.training.job import Job
 from components.training.launch import run_job
-from components.training.reference import needs, reference_pass
 from components.tuning.spaces import judged, recipe_of
 from components.tuning.trials import end_trial, reports, trial_folder
-from pipelines.cli import storage_folder
 from pipelines.evaluate import evaluate_model, retain_reference, score_model, score_models
 from pipelines.finetune import Model
-from pipelines.prepare import Streams
-from pipelines.training import checkpoint_place
+from pipelines.sweep_shared import Shared, clear, in_process, read_shared, trial_job
 
 _LOOK = 0.2  # seconds between two looks at what training has written
 _PATIENCE = 120.0  # seconds that a trial which is to stop may take for its present step
-
-
-class Shared(NamedTuple):
-    """What is made once for all trials of a sweep."""
-
-    recipe: Recipe
-    """Without the trials' own settings; its storage is absolute."""
-    space: Space
-    original: Model
-    retain_only: Model | None
-    rows: dict[str, str]
-    """Folders of prepared rows by stream, and `without`, the file of normal rows to leave out."""
-    made_from: dict[str, str]
-    questions: dict[str, Prepared]
-    metrics: dict[str, dict[str, float]]
-    """Of the models to compare with: `original`, `retain_only`."""
-
-
-def write_shared(sweep: Path, shared: Shared) -> None:
-    """For the trials, which know the sweep's folder only."""
-    plain = {
-        "recipe": shared.recipe.model_dump(mode="json"), "space": shared.space.model_dump(mode="json"),
-        "original": shared.original, "retain_only": shared.retain_only, "rows": shared.rows,
-        "made_from": shared.made_from, "questions": shared.questions, "metrics": shared.metrics,
-    }  # fmt: skip
-    write_whole(sweep / "shared.json", json.dumps(plain, indent=2, default=str))
-
-
-def read_shared(sweep: Path) -> Shared:
-    """What `write_shared` wrote."""
-    plain = json.loads((sweep / "shared.json").read_text())
-    return Shared(
-        recipe=Recipe.model_validate(plain["recipe"]), space=Space.model_validate(plain["space"]),
-        original=_model(plain["original"]), retain_only=plain["retain_only"] and _model(plain["retain_only"]),
-        rows=plain["rows"], made_from=plain["made_from"],
-        questions={name: Prepared(Path(found[0]), *found[1:]) for name, found in plain["questions"].items()},
-        metrics=plain["metrics"],
-    )  # fmt: skip
-
-
-def _model(plain: list[str]) -> Model:
-    return Model(Path(plain[0]), plain[1])
-
-
-def rows_of(streams: Streams) -> dict[str, str]:
-    """Folders of the streams, as `Shared` keeps them."""
-    rows = {name: str(prepared.folder) for name, prepared in streams.sets().items()}
-    return {**rows, "without": str(streams.without)} if streams.without else rows
-
-
-def in_process(recipe: Recipe) -> bool:
-    """Whether a trial needs no Ray Train of its own."""
-    return recipe.train.workers <= 1
-
-
-def trial_job(recipe: Recipe, folder: Path, shared: Shared) -> Job:
-    """What `recipe` trains in `folder`; the reference pass is found, or made where only this trial needs it."""
-    train = recipe.train.model_copy(update={"workers": 0}) if in_process(recipe) else recipe.train
-    rows = {name: place for name, place in shared.rows.items() if name != "without"}
-    job = Job(
-        model=str(shared.original.folder),
-        output=str(folder / "model"),
-        metrics=str(folder / "metrics.jsonl"),
-        events=str(folder / "events.jsonl"),
-        stop=str(folder / "stop"),
-        group=str(folder / "group"),
-        checkpoints=_checkpoints(recipe, folder),
-        made_from=shared.made_from,
-        **{name: place for name, place in rows.items() if name in recipe.objective.groups()},
-        normal_without=shared.rows.get("without"),
-        objective=recipe.objective,
-        optimizer=recipe.optimizer,
-        train=train,
-        mask=recipe.mask,
-        guards=recipe.guards,
-        responses_by_row=recipe.data.responses == "by_row",
-        seed=recipe.seed,
-    )
-    references = {
-        group: str(reference_pass(job, group, what, shared.original.hash, storage_folder(recipe)))
-        for group, what in needs(recipe.objective).items()
-    }
-    return job.model_copy(update={"reference": references})
 
 
 def run_trial(sweep: Path, number: int) -> None:
@@ -140,18 +50,6 @@ def run_trial(sweep: Path, number: int) -> None:
     }  # fmt: skip
     end_trial(folder, "finished", metrics=metrics, seconds=seconds, **about)
     clear(folder, recipe)
-
-
-def clear(folder: Path, recipe: Recipe) -> None:
-    """Remove what only going on with a trial needs."""
-    for name in ("stop", "group", "trained.json"):
-        (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):  # they only take room
-        remove_all(Place(_checkpoints(recipe, folder)))
-
-
-def _checkpoints(recipe: Recipe, folder: Path) -> str:
-    return checkpoint_place(recipe.train, folder / "checkpoints", f"{folder.parent.name}-{folder.name}")
 
 
 def _train(job: Job, folder: Path) -> None:

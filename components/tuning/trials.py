@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from components.config import Recipe
 from components.config.tuning import Space
 from components.files import read_lines, write_whole
 from components.tuning import expressions
@@ -46,6 +47,23 @@ class Trial(NamedTuple):
     def name(self) -> str:
         """Its folder's."""
         return self.folder.name
+
+
+class Sweep(NamedTuple):
+    """What is searched, and where."""
+
+    recipe: Recipe
+    space: Space
+    folder: Path
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The recipe's, without those of a trial."""
+        return self.recipe.model_dump(mode="json")
+
+    def trials(self) -> list[Trial]:
+        """All that were begun."""
+        return read_trials(self.folder, self.space)
 
 
 def trial_folder(sweep: Path, number: int) -> Path:

@@ -1,0 +1,258 @@
+"""The trials of a sweep on Ray Tune: which comes next, which is stopped early, what is left behind by one that died."""
+
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from components.errors import ClusterError, Stopped
+from components.tuning import pareto
+from components.tuning.search import next_point
+from components.tuning.trials import (
+    Sweep,
+    Trial,
+    begin_trial,
+    end_trial,
+    explain_failure,
+    read_trial,
+    trial_folder,
+)
+from pipelines.cli import say
+from pipelines.sweep_log import Log
+from pipelines.sweep_shared import clear, in_process
+from pipelines.sweep_table import Table
+
+_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # a sweep goes on from its trials' folders
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_MAX_PENDING_TRIALS_PG": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+"""Read by Ray Tune when it is imported."""
+
+
+def concurrency(sweep: Sweep) -> int:
+    """How many trials the cluster holds at once, at most as many as the space wants.
+
+    Raises:
+        ClusterError: when it does not hold one.
+    """
+    import ray
+
+    train = sweep.recipe.train
+    have = ray.cluster_resources()
+    need = {"CPU": max(1, train.workers) * train.cpus_per_worker, "GPU": max(1, train.workers) * train.gpus_per_worker}
+    fit = min(int(have.get(kind, 0) / each + 1e-9) for kind, each in need.items() if each)
+    if not fit:
+        raise ClusterError(
+            f"A trial asks for more than the cluster has (train.workers={train.workers}, "
+            f"needed={', '.join(f'{each:g} {kind}s' for kind, each in need.items() if each)}, "
+            f"there={', '.join(f'{have.get(kind, 0):g} {kind}s' for kind, each in need.items() if each)}). Expected "
+            "enough for one trial. Lower train.workers or train.cpus_per_worker, or add nodes."
+        )
+    return min(fit, sweep.space.concurrent or fit)
+
+
+def run_trials(sweep: Sweep, count: int, at_once: int) -> None:
+    """Run what is missing of `count` trials, `at_once` at a time.
+
+    Raises:
+        Stopped: after Ctrl-C or SIGTERM; what was begun is gone on with later.
+    """
+    os.environ.update({name: os.environ.get(name, value) for name, value in _SETTINGS.items()})
+    from ray import tune
+
+    from pipelines.trial import Run
+
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    train = sweep.recipe.train
+    alone = in_process(sweep.recipe)
+    resources: dict[str, float] = {"CPU": train.cpus_per_worker} if alone else {"memory": 1}
+    if alone and train.gpus_per_worker:
+        resources["GPU"] = train.gpus_per_worker
+    place = sweep.folder / "ray-tune"
+    shutil.rmtree(place, ignore_errors=True)
+    where = "in one process" if alone else f"on {train.workers} Ray workers"
+    say(f"trials       {count}, {at_once} at once, each {where}")
+    with Log(sweep.recipe, sweep.folder) as log, Table(sweep.space, count) as table:
+        log.begin(sweep.space)
+        driver = make_driver(sweep, count, table, log)
+        tuner = tune.Tuner(
+            tune.with_resources(Run, resources),
+            tune_config=tune.TuneConfig(
+                num_samples=count, search_alg=driver.search, scheduler=driver.scheduler, max_concurrent_trials=at_once,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="ray-tune", storage_path=str(sweep.folder), verbose=0, callbacks=[driver.watch],
+                failure_config=tune.FailureConfig(max_failures=0),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
+        )  # fmt: skip
+        with _signals_stop():
+            tuner.fit()
+    shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def _signals_stop() -> Iterator[None]:
+    """Say that the sweep goes on later, with the signal's own exit code: Ray Tune makes a Ctrl-C of all."""
+    caught: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        caught.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        number = caught[0] if caught else signal.SIGINT
+        raise Stopped("Stopped; the same command goes on from the trials' checkpoints.", number) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Driver(NamedTuple):
+    """What Ray Tune asks and tells."""
+
+    search: Any
+    scheduler: Any
+    watch: Any
+
+
+def make_driver(sweep: Sweep, count: int, table: Table, log: Any) -> Driver:
+    """What gives trials to Ray Tune, what stops them, and what hears of them."""
+    from ray import tune
+    from ray.tune.search import Searcher
+
+    waiting = [trial.number for trial in sweep.trials() if trial.state == "running"]
+    numbers: dict[str, int] = {}
+
+    class Search(Searcher):
+        """Trials that were begun and not ended first, then new ones."""
+
+        def suggest(self, trial_id: str) -> Any:
+            trials = sweep.trials()
+            if waiting:
+                number = waiting.pop(0)
+            elif len(trials) < count:
+                number = len(trials)
+                begin_trial(sweep.folder, number, *next_point(sweep.space, sweep.settings, trials, number))
+            else:
+                return Searcher.FINISHED
+            numbers[trial_id] = number
+            trial = read_trial(trial_folder(sweep.folder, number), sweep.space)
+            table.begins(trial)
+            log.begins(trial)
+            return {"sweep": str(sweep.folder), "number": number}
+
+        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+            folder = trial_folder(sweep.folder, numbers[trial_id])
+            if error:
+                end_trial(folder, "failed", reason="the trial's process ended")
+                _free_groups(sweep, folder)
+                clear(folder, sweep.recipe)
+            else:
+                end_trial(folder, "stopped")
+            trials = sweep.trials()
+            table.ends(trials[numbers[trial_id]])
+            log.ends(trials[numbers[trial_id]])
+            _drop_models(sweep, trials)
+
+    class Watch(tune.Callback):
+        """Hears of each probe, and why a process ended."""
+
+        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            folder = trial_folder(sweep.folder, numbers[trial.trial_id])
+            if why := _why(trial.get_pickled_error()):
+                explain_failure(folder, why)
+
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+            if result.get("done"):
+                return
+            found = read_trial(trial_folder(sweep.folder, numbers[trial.trial_id]), sweep.space)
+            table.reports(found, result["step"])
+            log.reports(found)
+
+    return Driver(Search(), _scheduler(sweep), Watch())
+
+
+def _why(error: BaseException | None) -> str:
+    """What Ray knows of a process that ended, in a line."""
+    if error is None:
+        return ""
+    told = " ".join(str(error).split())
+    detail = told.rpartition("Worker exit detail: ")[2]
+    return f"the trial's process ended: {detail[:300]}"
+
+
+class _Ended:
+    """Stands for a trial of Ray Tune's."""
+
+    def __init__(self, trial_id: str):
+        self.trial_id = trial_id
+
+
+def _scheduler(sweep: Sweep) -> Any:
+    """Ray Tune's, told of what trials that ended before reported."""
+    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule
+
+    config = sweep.space.scheduler
+    common: Any = {"time_attr": "step", "metric": "compared", "mode": "max", "grace_period": config.grace}
+    scheduler: Any
+    if config.type == "none":
+        return FIFOScheduler()
+    if config.type == "asha":
+        scheduler = AsyncHyperBandScheduler(**common, max_t=1_000_000, reduction_factor=config.reduction)
+    else:
+        scheduler = MedianStoppingRule(**common, min_time_slice=float("inf"))  # type: ignore[arg-type] # never pauses
+    for trial in sweep.trials():
+        if trial.state != "running":
+            stand_in: Any = _Ended(trial.name)
+            scheduler.on_trial_add(None, stand_in)
+            for step, compared in sorted(trial.reports.items()):
+                scheduler.on_trial_result(None, stand_in, {"step": step, "compared": compared})
+    return scheduler
+
+
+def _drop_models(sweep: Sweep, trials: Sequence[Trial]) -> None:
+    """Keep the models of the best trials only."""
+    kept = {trial.number for trial in pareto.kept(sweep.space, trials)}
+    for trial in trials:
+        if trial.state != "running" and trial.number not in kept:
+            for name in ("model", "model-adapter"):
+                shutil.rmtree(trial.folder / name, ignore_errors=True)
+
+
+def _free_groups(sweep: Sweep, folder: Path) -> None:
+    """Remove the placement group of Ray Train's workers, which outlives a trial whose process was killed."""
+    from ray._raylet import PlacementGroupID
+    from ray.util import placement_group_table, remove_placement_group
+    from ray.util.placement_group import PlacementGroup
+
+    if sweep.recipe.train.workers < 2:
+        return
+    leaked = []
+    if (folder / "group").exists():
+        leaked.append((folder / "group").read_text())
+    train = sweep.recipe.train
+    others = {
+        file.read_text() for file in sweep.folder.glob("trial-*/group") if not (file.parent / "result.json").exists()
+    }
+    running = sum(trial.state == "running" for trial in sweep.trials())
+    if len(others) >= running:  # all others are known, so that what is left belongs to nobody
+        for identity, about in placement_group_table().items():
+            bundles = list(about["bundles"].values())
+            shape = len(bundles) == train.workers and all(b.get("CPU") == train.cpus_per_worker for b in bundles)
+            if shape and about["state"] != "REMOVED" and identity not in others:
+                leaked.append(identity)
+    for identity in dict.fromkeys(leaked):
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(identity))))

@@ -1,0 +1,171 @@
+"""What the trials of a sweep share: made once by the driver, found by the trials."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from components.config import Recipe, differences
+from components.config.tuning import Space
+from components.data.prepare import Prepared
+from components.errors import ConfigError
+from components.files import write_whole
+from components.models import load_tokenizer, tokenizer_facts
+from components.training.checkpoint_files import Place, remove_all
+from components.training.job import Job
+from components.training.reference import needs, reference_pass
+from components.tuning.spaces import corner_points, judged, recipe_of
+from components.tuning.trials import Sweep
+from pipelines.cli import say, storage_folder
+from pipelines.evaluate import evaluate_model, prepare_questions, retain_reference, score_models
+from pipelines.finetune import Model, check_context, make_models
+from pipelines.prepare import Streams, prepare_streams
+from pipelines.training import checkpoint_place
+
+
+class Shared(NamedTuple):
+    """What is made once for all trials of a sweep."""
+
+    recipe: Recipe
+    """Without the trials' own settings; its storage is absolute."""
+    space: Space
+    original: Model
+    retain_only: Model | None
+    rows: dict[str, str]
+    """Folders of prepared rows by stream, and `without`, the file of normal rows to leave out."""
+    made_from: dict[str, str]
+    questions: dict[str, Prepared]
+    metrics: dict[str, dict[str, float]]
+    """Of the models to compare with: `original`, `retain_only`."""
+
+
+def write_shared(sweep: Path, shared: Shared) -> None:
+    """For the trials, which know the sweep's folder only."""
+    plain = {
+        "recipe": shared.recipe.model_dump(mode="json"), "space": shared.space.model_dump(mode="json"),
+        "original": shared.original, "retain_only": shared.retain_only, "rows": shared.rows,
+        "made_from": shared.made_from, "questions": shared.questions, "metrics": shared.metrics,
+    }  # fmt: skip
+    write_whole(sweep / "shared.json", json.dumps(plain, indent=2, default=str))
+
+
+def read_shared(sweep: Path) -> Shared:
+    """What `write_shared` wrote."""
+    plain = json.loads((sweep / "shared.json").read_text())
+    return Shared(
+        recipe=Recipe.model_validate(plain["recipe"]), space=Space.model_validate(plain["space"]),
+        original=_model(plain["original"]), retain_only=plain["retain_only"] and _model(plain["retain_only"]),
+        rows=plain["rows"], made_from=plain["made_from"],
+        questions={name: Prepared(Path(found[0]), *found[1:]) for name, found in plain["questions"].items()},
+        metrics=plain["metrics"],
+    )  # fmt: skip
+
+
+def _model(plain: list[str]) -> Model:
+    return Model(Path(plain[0]), plain[1])
+
+
+def rows_of(streams: Streams) -> dict[str, str]:
+    """Folders of the streams, as `Shared` keeps them."""
+    rows = {name: str(prepared.folder) for name, prepared in streams.sets().items()}
+    return {**rows, "without": str(streams.without)} if streams.without else rows
+
+
+def in_process(recipe: Recipe) -> bool:
+    """Whether a trial needs no Ray Train of its own."""
+    return recipe.train.workers <= 1
+
+
+def trial_job(recipe: Recipe, folder: Path, shared: Shared) -> Job:
+    """What `recipe` trains in `folder`; the reference pass is found, or made where only this trial needs it."""
+    train = recipe.train.model_copy(update={"workers": 0}) if in_process(recipe) else recipe.train
+    rows = {name: place for name, place in shared.rows.items() if name != "without"}
+    job = Job(
+        model=str(shared.original.folder),
+        output=str(folder / "model"),
+        metrics=str(folder / "metrics.jsonl"),
+        events=str(folder / "events.jsonl"),
+        stop=str(folder / "stop"),
+        group=str(folder / "group"),
+        checkpoints=_checkpoints(recipe, folder),
+        made_from=shared.made_from,
+        **{name: place for name, place in rows.items() if name in recipe.objective.groups()},
+        normal_without=shared.rows.get("without"),
+        objective=recipe.objective,
+        optimizer=recipe.optimizer,
+        train=train,
+        mask=recipe.mask,
+        guards=recipe.guards,
+        responses_by_row=recipe.data.responses == "by_row",
+        seed=recipe.seed,
+    )
+    references = {
+        group: str(reference_pass(job, group, what, shared.original.hash, storage_folder(recipe)))
+        for group, what in needs(recipe.objective).items()
+    }
+    return job.model_copy(update={"reference": references})
+
+
+def clear(folder: Path, recipe: Recipe) -> None:
+    """Remove what only going on with a trial needs."""
+    for name in ("stop", "group", "trained.json"):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # they only take room
+        remove_all(Place(_checkpoints(recipe, folder)))
+
+
+def _checkpoints(recipe: Recipe, folder: Path) -> str:
+    return checkpoint_place(recipe.train, folder / "checkpoints", f"{folder.parent.name}-{folder.name}")
+
+
+def make_shared(sweep: Sweep) -> None:
+    """Models, rows, reference passes and the baseline's metrics, made or found, written down for the trials.
+
+    Raises:
+        ConfigError: when the sweep was begun with other models or rows, or a goal is on what is not computed.
+    """
+    storage = storage_folder(sweep.recipe)
+    recipe = sweep.recipe.model_copy(update={"storage": str(storage)})
+    original, retain_only = make_models(recipe)
+    check_context(recipe, original.folder)
+    corners = [recipe_of(recipe, params) for params in corner_points(sweep.space, recipe)]
+    facts = tokenizer_facts(load_tokenizer(original.folder))
+    place = storage if recipe.data.cache else sweep.folder
+    rows: dict[str, str] = {}
+    made_from = {"model": original.hash}
+    for objective in {corner.objective.model_dump_json(): corner for corner in [recipe, *corners]}.values():
+        streams = prepare_streams(objective, facts, place)
+        rows |= rows_of(streams)
+        made_from |= {name: prepared.digest for name, prepared in streams.sets().items()}
+    questions = prepare_questions(recipe, original)
+    models = {"original": original, **({"retain-only": retain_only} if retain_only else {})}
+    records = score_models(recipe, models, questions)
+    reference = retain_reference(recipe, records.get("retain-only"))
+    found = {name: evaluate_model(recipe, models[name], table, reference) for name, table in records.items()}
+    metrics = {name.replace("-", "_"): evaluated.values for name, evaluated in found.items()}
+    shared = Shared(recipe, sweep.space, original, retain_only, rows, made_from, questions, metrics)
+    if (sweep.folder / "shared.json").exists():
+        _check_same(sweep.folder, read_shared(sweep.folder).made_from, made_from)
+    try:
+        judged(sweep.space, metrics["original"], metrics)
+    except KeyError as error:
+        name = str(error.args[0])
+        why = found["original"].missing.get(name.rpartition(".")[2], "there is no such model or metric")
+        raise ConfigError(f"Goals or conditions need {name}, which is not computed: {why}.") from None
+    write_shared(sweep.folder, shared)
+    say("baseline     " + ", ".join(f"{name}: {_shown(values)}" for name, values in metrics.items()))
+    for corner in [recipe, *corners]:  # makes the reference passes
+        trial_job(corner, sweep.folder / "nowhere", shared)
+
+
+def _check_same(folder: Path, then: dict[str, str], now: dict[str, str]) -> None:
+    if changed := differences(then, now):
+        raise ConfigError(
+            f"Sweep was begun with other models or rows (folder={folder}; {'; '.join(changed)}). Expected the same. "
+            "Put back what was changed, or remove the folder."
+        )
+
+
+def _shown(metrics: dict[str, float]) -> str:
+    shown = [name for name in ("forget_probability", "forget_truth_ratio", "model_utility") if name in metrics]
+    return " ".join(f"{name} {metrics[name]:.3f}" for name in shown)
