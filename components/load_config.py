@@ -38,7 +38,7 @@ def load_recipe(
     changes: dict[str, Any] = {}
     for override in overrides:
         changes = merge(changes, parse_override(override))
-    return checked(Recipe, _with_folder(merge(raw, changes)), "recipe")
+    return checked(Recipe, _with_requests(_with_folder(merge(raw, changes))), "recipe")
 
 
 def checked(schema: type[S], raw: dict[str, Any], what: str) -> S:
@@ -100,6 +100,29 @@ def _with_folder(raw: dict[str, Any]) -> dict[str, Any]:
         return {key: placed(value) for key, value in node.items()}
 
     return {**raw, "data": {**placed(data), "folder": None}, "evaluation": placed(raw.get("evaluation", {}))}
+
+
+def _with_requests(raw: dict[str, Any]) -> dict[str, Any]:
+    """What `data.requests` names is chosen among the sources of forget, and left out elsewhere."""
+    data = raw.get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("requests"), str):
+        return raw
+    path = data["requests"]
+    path = path if "://" in path else str(Path(path).expanduser().resolve())  # workers are elsewhere
+
+    def chosen(node: Any, key: str) -> Any:
+        if isinstance(node, list):
+            return [chosen(item, key) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if node.get("type") == "text" and key == "requested":
+            raise ConfigError("data.requests choose records by columns, which type: text has none of. Give files.")
+        if node.get("type") in ("files", "huggingface", "people"):
+            return {**node, key: path}
+        return {name: chosen(value, "requested" if name == "forget" else key) for name, value in node.items()}
+
+    evaluation = chosen(raw.get("evaluation", {}), "not_requested")
+    return {**raw, "data": {**chosen(data, "not_requested"), "requests": path}, "evaluation": evaluation}
 
 
 def _inside(folder: str, path: str) -> str:

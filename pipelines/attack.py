@@ -9,8 +9,9 @@ retain-only models, and the folders given, else the recipe's own run. What is sc
 import functools
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,11 +24,13 @@ from components.data.streams import draw
 from components.errors import ConfigError, DataError
 from components.evaluation.attacks import asked_by, part_left_out, prefixed, quantise, shots_prefix
 from components.evaluation.evaluate import evaluate_records
+from components.evidence import Evaluated
 from components.models import context_length, fingerprint, load_tokenizer, tokenizer_facts
 from components.training.job import Job
 from components.training.launch import run_job
 from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
 from pipelines.evaluate import compared_models, given_models, prepare_questions, score_model, with_folders
+from pipelines.evidence import add_evidence, evidence_of, own_run
 from pipelines.finetune import Model, check_inputs
 from pipelines.training import telling
 
@@ -69,8 +72,14 @@ def run(command: Command) -> None:
             rows[name] = [_changed(recipe, model, questions, change) for model in models.values()]
     for metric in _SHOWN:
         say(f"\nforget {metric}, lower is better")
-        cells = [[name, *(number(found[f"forget_{metric}"]) for found in values)] for name, values in rows.items()]
+        cells = [[name, *(number(f.values[f"forget_{metric}"]) for f in found)] for name, found in rows.items()]
         say(table(["attack", *models], cells))
+    own = own_run(command)
+    if own and not command.words:
+        attacked = {
+            model: _together({name: found[i] for name, found in rows.items()}) for i, model in enumerate(models)
+        }
+        add_evidence(recipe, own, evidence_of(models, attacked, questions, own), "attacks")
 
 
 def plan(command: Command) -> str:
@@ -81,14 +90,23 @@ def plan(command: Command) -> str:
     return f"\nPlan: {prompts}; bits {attacks.bits}; {relearned}"
 
 
-def _score(recipe: Recipe, model: Model, questions: dict[str, Prepared], told: Sequence[str] = ()) -> dict[str, float]:
+def _together(rows: Mapping[str, Evaluated]) -> Evaluated:
+    """What was found of one model after each attack, as metrics `<attack>/<metric>`."""
+
+    def part(i: int) -> dict[str, Any]:
+        return {f"{attack}/{metric}": value for attack, found in rows.items() for metric, value in found[i].items()}
+
+    return Evaluated(*map(part, range(len(Evaluated._fields))))
+
+
+def _score(recipe: Recipe, model: Model, questions: dict[str, Prepared], told: Sequence[str] = ()) -> Evaluated:
     """Metrics of the forget set, without the questions that end with one of `told`."""
     nothing_else = {"judge": None, "reference": None, "gradient_norms": False, "samples": 0, "lm_eval": None}
     asked = {"utility": [], "metrics": [f"forget_{metric}" for metric in _SHOWN], **nothing_else}
     evaluation = recipe.evaluation.model_copy(update=asked)
     records = score_model(recipe.model_copy(update={"evaluation": evaluation}), model, questions)
     kept = [not question.endswith(tuple(told)) for question in records["question"].to_pylist()]
-    return evaluate_records(records.filter(pa.array(kept)), None, evaluation).values
+    return evaluate_records(records.filter(pa.array(kept)), None, evaluation)
 
 
 def _asked_after_examples(recipe: Recipe, model: Model, forget: Prepared) -> tuple[dict[str, Prepared], list[str]]:
@@ -120,7 +138,7 @@ def _changed_questions(recipe: Recipe, model: Model, change: Callable[[Source], 
 
 def _changed(
     recipe: Recipe, model: Model, questions: dict[str, Prepared], change: Callable[[Model, Path], None]
-) -> dict[str, float]:
+) -> Evaluated:
     """What `model` says after `change` has written a changed copy of it, which is not kept."""
     scratch = storage_folder(recipe) / "attacks" / digest([model.hash, recipe.name])
     shutil.rmtree(scratch, ignore_errors=True)
@@ -154,4 +172,4 @@ def _relearn(recipe: Recipe, relearn: Relearn, steps: int, model: Model, folder:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(__doc__, run, plan, takes_models=True))
+    sys.exit(run_cli(__doc__, run, plan, words="models, suite=NAME"))

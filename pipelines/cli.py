@@ -24,12 +24,14 @@ class Command(NamedTuple):
     """A parsed command line."""
 
     recipe: Recipe
-    models: list[str]
-    """Further arguments: model folders (evaluate.py)."""
+    words: list[str]
+    """Further arguments, such as model folders (evaluate.py)."""
     runs: list[str]
     """Names that the recipe's own run may have: with all settings, and without those of what is measured."""
-    show: int = 0
-    """Rows of each set to show (prepare.py)."""
+    suites: list[str]
+    """Of what is measured."""
+    options: argparse.Namespace = argparse.Namespace()
+    """A pipeline's own options."""
 
 
 def run_cli(
@@ -37,25 +39,25 @@ def run_cli(
     run: Callable[[Command], None],
     plan: Callable[[Command], str],
     *,
-    takes_models: bool = False,
-    shows_rows: bool = False,
+    words: str = "",
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Parse, validate, then `run`, or with --dry-run print the resolved recipe and its `plan`.
 
-    Returns the exit code: 0, 1 when the run failed, 2 when the command or recipe is wrong.
+    `words` says what further arguments are, where there may be any. Returns the exit code: 0, 1 when the run failed, 2
+    when the command or recipe is wrong.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = "RECIPE.yaml, section.field=value" + (", models, suite=NAME" if takes_models else "")
+    what = ", ".join(["RECIPE.yaml, section.field=value", *([words] if words else [])])
     parser.add_argument("arguments", nargs="*", metavar="ARGUMENT", help=f"{what}; later ones win")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the plan, then stop")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    if shows_rows:
-        parser.add_argument("--show", type=int, default=2, metavar="N", help="rows of each set to show (default 2)")
+    add_options(parser)
     options = parser.parse_intermixed_args(argv)
 
     def act() -> None:
-        command = parse_arguments(options.arguments, takes_models)._replace(show=getattr(options, "show", 0))
+        command = parse_arguments(options.arguments, bool(words))._replace(options=options)
         if options.dry_run:
             print(json.dumps(command.recipe.model_dump(mode="json"), indent=2, ensure_ascii=False))
             print(plan(command))
@@ -98,27 +100,27 @@ def _sigterm_stops() -> None:
         signal.signal(signal.SIGTERM, stop)
 
 
-def parse_arguments(arguments: Sequence[str], takes_models: bool = False) -> Command:
-    """Recipes, overrides and, where they are taken, model folders and suites → a command.
+def parse_arguments(arguments: Sequence[str], takes_words: bool = False) -> Command:
+    """Recipes, overrides and, where they are taken, further words and suites → a command.
 
-    Without a recipe, the first model is the suite's original.
+    Without a recipe, the first word is the suite's original model.
 
     Raises:
         ConfigError: naming every mistake in the recipe, or the arguments that are none of these.
     """
     files = [a for a in arguments if a.endswith((".yaml", ".yml")) and "=" not in a]
-    suites = [a for a in arguments if a.startswith("suite=") and takes_models]
-    overrides = [a for a in arguments if "=" in a and a not in suites]
-    models = [a for a in arguments if a not in files and "=" not in a]
-    if models and not takes_models:
+    suites = [a.removeprefix("suite=") for a in arguments if a.startswith("suite=") and takes_words]
+    overrides = [a for a in arguments if "=" in a and not (a.startswith("suite=") and takes_words)]
+    words = [a for a in arguments if a not in files and "=" not in a]
+    if words and not takes_words:
         raise ConfigError(
-            f"Argument not understood ({' '.join(models)}). Expected recipes (*.yaml) and overrides "
+            f"Argument not understood ({' '.join(words)}). Expected recipes (*.yaml) and overrides "
             "(section.field=value)."
         )
-    if suites and not files and models and not any(o.startswith("models.original") for o in overrides):
-        overrides.insert(0, f"models.original={json.dumps({'type': 'pretrained', 'path': models.pop(0)})}")
-    recipe = load_recipe(files, overrides, [_SUITES / f"{suite.removeprefix('suite=')}.yaml" for suite in suites])
-    return Command(recipe, models, _own_runs(files, overrides) if files else [])
+    if suites and not files and words and not any(o.startswith("models.original") for o in overrides):
+        overrides.insert(0, f"models.original={json.dumps({'type': 'pretrained', 'path': words.pop(0)})}")
+    recipe = load_recipe(files, overrides, [_SUITES / f"{suite}.yaml" for suite in suites])
+    return Command(recipe, words, _own_runs(files, overrides) if files else [], suites)
 
 
 def _own_runs(files: Sequence[str], overrides: Sequence[str]) -> list[str]:
@@ -161,6 +163,9 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the spool tries again
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_TRUNCATE_LONG_VALUES": "false",  # an error, not half a value
 }
 """Read by the libraries when they are imported; what the user has set stays."""
 
@@ -221,6 +226,13 @@ class Progress:
                 tokens = sum(item["perf/tokens_per_second"] * item["perf/step_seconds"] for item in self.pending)
                 say("  " + progress_line(line, tokens / seconds, seconds / len(self.pending)))
                 self.pending = []
+
+
+def tracking_uri(recipe: Recipe) -> str:
+    """The recipe's MLflow server, else the environment's, else a database in the storage folder."""
+    return (
+        recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage_folder(recipe)}/mlflow.db"
+    )
 
 
 def storage_folder(recipe: Recipe) -> Path:

@@ -15,19 +15,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from components.config import Pretrained, Recipe
+from components.config import Pretrained, Recipe, registered_name
 from components.data.prepare import Prepared, prepare
 from components.errors import ConfigError, ModelError
-from components.evaluation.evaluate import Evaluated, Reference, compared, evaluate_records, reference_of
+from components.evaluation.evaluate import Reference, compared, evaluate_records, reference_of
 from components.evaluation.exchange import read_reference
 from components.evaluation.general import general_ability
 from components.evaluation.judge import judged
 from components.evaluation.report import changes_table, metrics_table
 from components.evaluation.scoring import score
+from components.evidence import Evaluated
 from components.models import fingerprint, load_tokenizer, local_folder, tokenizer_facts
-from components.tracking import registry
-from components.tracking.run import make_client, tracking_uri
-from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
+from components.tracking.client import make_client
+from components.tracking.promotion import fetch_registered
+from pipelines.cli import Command, ray_session, run_cli, say, storage_folder, tracking_uri
+from pipelines.evidence import add_evidence, evidence_of, own_run
 from pipelines.finetune import Model, check_context, check_inputs, make_models
 from pipelines.prepare import set_aside
 from pipelines.training import telling
@@ -54,11 +56,14 @@ def run(command: Command) -> None:
         say(changes_table(changes, everything))
     for name, why in {n: why for found in evaluated.values() for n, why in found.missing.items()}.items():
         say(f"not computed: {name} {why}")
+    own = own_run(command)
+    if own and command.suites and not command.words:
+        add_evidence(recipe, own, evidence_of(models, evaluated, sets, own), "+".join(command.suites))
 
 
 def plan(command: Command) -> str:
     """What would be scored, for --dry-run."""
-    models = ["original", "retain-only", *(command.models or _own_result(command))]
+    models = ["original", "retain-only", *(command.words or _own_result(command))]
     return f"\nPlan: models {', '.join(models)}; sets {', '.join(command.recipe.evaluation.sets)}"
 
 
@@ -74,15 +79,17 @@ def with_folders(recipe: Recipe) -> Recipe:
 def _model_folder(recipe: Recipe, path: str) -> Path:
     storage = storage_folder(recipe)
     if path.startswith("models:/"):
-        return registry.fetch(make_client(tracking_uri(recipe.tracking, storage)), path, storage / "registered")
+        champions = path.startswith((f"models:/{registered_name(recipe)}@", f"models:/{registered_name(recipe)}/"))
+        client = make_client((champions and recipe.tracking.production) or tracking_uri(recipe))
+        return fetch_registered(client, path, storage / "registered", storage)
     return local_folder(Pretrained(type="pretrained", path=path), storage)
 
 
 def given_models(command: Command) -> list[Path]:
     """Folders of the models on the command line, else of the recipe's own run."""
-    if command.runs and not command.models and not _own_result(command):
+    if command.runs and not command.words and not _own_result(command):
         say("no finished run of this recipe is there to compare with; name models to add them")
-    return [_model_folder(command.recipe, path) for path in command.models or _own_result(command)]
+    return [_model_folder(command.recipe, path) for path in command.words or _own_result(command)]
 
 
 def compared_models(recipe: Recipe, given: list[Path]) -> dict[str, Model]:
@@ -176,8 +183,8 @@ def evaluate_model(recipe: Recipe, model: Model, records: pa.Table, reference: R
 
 
 def _own_result(command: Command) -> list[str]:
-    folders = [storage_folder(command.recipe) / name / "model" for name in command.runs]
-    return [str(folder) for folder in folders if folder.is_dir()][:1]
+    own = own_run(command)
+    return [str(own / "model")] if own else []
 
 
 def _short_name(folder: Path) -> str:
@@ -187,4 +194,4 @@ def _short_name(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(__doc__, run, plan, takes_models=True))
+    sys.exit(run_cli(__doc__, run, plan, words="models, suite=NAME"))

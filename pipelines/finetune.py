@@ -110,8 +110,14 @@ def _to_make(recipe: Recipe) -> dict[str, Sequence[Source]]:
     """Training rows of each model that is to be made."""
     if not recipe.finetune:
         return {}
-    sources = {"original": [*recipe.data.normal, *recipe.data.forget], "retain_only": recipe.data.normal}
+    everything = [_whole(source) for source in (*recipe.data.normal, *recipe.data.forget)]
+    sources = {"original": everything, "retain_only": recipe.data.normal}
     return {name: rows for name, rows in sources.items() if rows and not getattr(recipe.models, name)}
+
+
+def _whole(source: Source) -> Source:
+    """All its records, whatever is requested of them."""
+    return source if isinstance(source, Text) else source.model_copy(update={"requested": None, "not_requested": None})
 
 
 def _make(recipe: Recipe, name: str, sources: Sequence[Source]) -> Model:
@@ -307,7 +313,9 @@ def check_cluster_for(recipe: Recipe) -> None:
 def count_rows(sources: Sequence[PoolSource]) -> int | None:
     """Rows of `sources`, bad ones included; None where only preparing, a download or a long reading would tell."""
     for source in sources:
-        if isinstance(source, Text | HuggingFace) or getattr(source, "where", None):
+        if isinstance(source, Text | HuggingFace) or any(
+            getattr(source, key, None) for key in ("where", "requested", "not_requested")
+        ):
             return None
         if isinstance(source, Files):
             if source.split_answers or any(locations.is_remote(file) for file in source_files(source)):

@@ -1,6 +1,5 @@
 """What a finished run leaves for people: metrics, report and model card in its folder, and a summary to read."""
 
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,14 +7,22 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from components.config import Recipe
-from components.evaluation.evaluate import Evaluated
+from components.config import Recipe, objective_name
+from components.console import number
 from components.evaluation.exchange import open_unlearning_log
-from components.evaluation.report import Sample, metrics_table, write_model_card, write_report
+from components.evaluation.report import (
+    HEADLINE,
+    Sample,
+    metrics_columns,
+    metrics_table,
+    write_model_card,
+    write_report,
+)
+from components.evidence import Evaluated
 from components.files import read_lines, write_whole
-from components.tracking.gates import GateResult, gate_cells, gate_table
-from components.tracking.run import tracking_uri
-from pipelines.cli import storage_folder
+from components.tracking.client import shown_uri
+from components.tracking.gates import GateResult, gate_cells, gate_head, gate_table
+from pipelines.cli import tracking_uri
 
 
 class Outcome(NamedTuple):
@@ -38,10 +45,13 @@ class Outcome(NamedTuple):
         """By model and name."""
         return {name: evaluated.values for name, evaluated in self.evaluated.items()}
 
-    @property
-    def champion(self) -> bool:
-        """There are gates and all hold."""
-        return bool(self.gates) and all(gate.passed for gate in self.gates)
+    def verdict(self) -> str:
+        """What the gates say that can be judged by now."""
+        failed = sum(not gate.passed for gate in self.gates)
+        later = len(self.recipe.gates) - len(self.gates)
+        told = [f"{failed} of {len(self.gates)} gates do not hold" if failed else "gates hold"] if self.gates else []
+        told += [f"{later} more to be judged by promote.py"] if later else []
+        return "; ".join(told) or "no gates"
 
 
 def empty_answers(records: Mapping[str, pa.Table]) -> str:
@@ -50,25 +60,17 @@ def empty_answers(records: Mapping[str, pa.Table]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "none"
 
 
-def versions() -> str:
-    """Of the libraries that decide numbers."""
-    names = ("torch", "transformers", "deepspeed", "ray", "datasets")
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-
-
 def write_files(outcome: Outcome) -> None:
     """`eval/*.json`, `report.html` and `model/README.md` in the run folder."""
     folder, title = outcome.folder, outcome.folder.name
     lines = read_lines(folder / "metrics.jsonl")
     (folder / "eval").mkdir(exist_ok=True)
-    for name, values in outcome.metrics.items():
-        write_whole(folder / "eval" / f"{name}.json", json.dumps(values, indent=2))
     write_report(
         folder / "report.html", title, outcome.facts, outcome.evaluated, outcome.records, lines, outcome.samples,
-        gate_cells(outcome.gates),
+        [gate_head(), *gate_cells(outcome.gates)] if outcome.gates else [],
     )  # fmt: skip
-    everything = {name: evaluated.as_json() for name, evaluated in outcome.evaluated.items()}
-    write_whole(folder / "metrics.json", json.dumps(everything, indent=2))
+    if outcome.metrics:
+        write_whole(folder / "eval" / "metrics_table.json", json.dumps(metrics_columns(outcome.evaluated)))
     if "real_authors" in outcome.recipe.evaluation.sets and "unlearned" in outcome.evaluated:
         log, summary = open_unlearning_log(outcome.evaluated["unlearned"], outcome.records["unlearned"].to_pylist())
         write_whole(folder / "eval" / "TOFU_EVAL.json", json.dumps(log, indent=2))
@@ -76,25 +78,40 @@ def write_files(outcome: Outcome) -> None:
     write_model_card(folder / "model" / "README.md", title, outcome.facts, outcome.metrics)
 
 
-def summary_text(outcome: Outcome, version: str) -> str:
-    """Table, sample answers, gates and places, for the terminal."""
+def summary_text(outcome: Outcome, version: str, run: tuple[str, str] | None) -> str:
+    """Table, sample answers, gates and places, for the terminal; `run`: ids of MLflow's experiment and run."""
     blocks = [metrics_table(outcome.metrics)] if outcome.metrics else []
     for sample in outcome.samples.get("forget", []):
         answers = {"right": sample.answer, "before": sample.before, "after": sample.after}
         blocks.append("\n".join([f"Q       {sample.question}", *(f"  {k:<8}{v}" for k, v in answers.items())]))
     if outcome.gates:
         blocks.append(gate_table(outcome.gates))
-    aliases = "candidate and champion" if outcome.champion else "candidate"
-    if not outcome.champion:
-        aliases += "; gates do not hold" if outcome.gates else "; no gates"
-    uri = tracking_uri(outcome.recipe.tracking, storage_folder(outcome.recipe))
+    uri = shown_uri(tracking_uri(outcome.recipe))
     local = uri.startswith("sqlite")
-    page = f"{'http://127.0.0.1:5000' if local else uri}/?workflowType=machine_learning"
+    page = "http://127.0.0.1:5000" if local else uri
+    if run:
+        page += f"/#/experiments/{run[0]}/runs/{run[1]}?workflowType=machine_learning"
     places = {
         "run folder": str(outcome.folder),
         "report": str(outcome.folder / "report.html"),
-        "model": f"{outcome.folder / 'model'} = {version} ({aliases})",
-        "MLflow": f"mlflow ui --backend-store-uri {uri}, then {page}" if local else page,
+        "model": f"{outcome.folder / 'model'} = {version}, {outcome.verdict()}",
+        **({"MLflow": f"mlflow ui --backend-store-uri {uri}, then", "": page} if local else {"MLflow": page}),
     }
     blocks.append("\n".join(f"{key:<11} {value}" for key, value in places.items()))
     return "\n\n".join(blocks)
+
+
+def description(outcome: Outcome) -> str:
+    """What MLflow shows of the run and the model's version, in Markdown."""
+    names = [
+        name
+        for name in (*HEADLINE, "forget_probability", "forget_rouge")
+        if any(name in m for m in outcome.metrics.values())
+    ]
+    head = f"| | {' | '.join(outcome.metrics)} |\n|---|{'---:|' * len(outcome.metrics)}"
+    rows = [f"| {n} | " + " | ".join(number(m.get(n)) for m in outcome.metrics.values()) + " |" for n in names]
+    facts = [
+        f"- {key}: {value}" for key, value in outcome.facts.items() if key in ("recipe", "data", "training", "command")
+    ]
+    made = f"{objective_name(outcome.recipe)} with {outcome.recipe.optimizer.type}; {outcome.verdict()}."
+    return "\n".join([made, "", head, *rows, "", *facts])

@@ -6,6 +6,7 @@ Prints for each set how many rows there are, how many were set aside and why, an
 normal. Answers are shown in brackets, their tokens parted by bars. What is prepared here is found again by unlearn.py.
 """
 
+import argparse
 import shutil
 import sys
 import uuid
@@ -58,7 +59,7 @@ def run(command: Command) -> None:
             streams = prepare_streams(recipe, facts, place)
             say(described(streams))
             for name, prepared in streams.sets().items():
-                for line in preview(prepared, Encoder(facts, data_settings(recipe.data)), command.show):
+                for line in preview(prepared, Encoder(facts, data_settings(recipe.data)), command.options.show):
                     say(f"\n{name} {line}")
         finally:
             if not recipe.data.cache:
@@ -189,5 +190,9 @@ def _tokenizer(recipe: Recipe) -> TokenizerFacts:
     return tokenizer_facts(load_tokenizer(folder))
 
 
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--show", type=int, default=2, metavar="N", help="rows of each set to show (default 2)")
+
+
 if __name__ == "__main__":
-    sys.exit(run_cli(__doc__, run, plan, shows_rows=True))
+    sys.exit(run_cli(__doc__, run, plan, add_options=_options))

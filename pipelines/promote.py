@@ -1,55 +1,322 @@
-"""Make the candidate of a recipe champion, if the recipe's gates hold for it.
+"""Make a candidate champion, if the recipe's gates hold for it, and tell of all that were: the ledger.
 
-    python pipelines/promote.py pipelines/recipes/demo.yaml [section.field=value ...] [--dry-run]
+    python pipelines/promote.py RECIPE.yaml [promote] [VERSION] [--reason TEXT] [--purge-traces]
+    python pipelines/promote.py RECIPE.yaml rollback [VERSION] [--reason TEXT]
+    python pipelines/promote.py RECIPE.yaml history | verify [--repair] | diff VERSION VERSION | certificate [VERSION]
 
-Judges the evaluation stored with the candidate's run by the gates of the recipe as it stands now. Exit code 1 when a
-gate does not hold.
+`promote` judges the candidate (that with the alias, or VERSION of <name>-candidates) by its stored evaluations, copies
+its bytes, and writes the ledger: from then on it is champion. Exit code 1 when a gate does not hold or something is
+wrong.
 """
 
-import json
+import argparse
+import getpass
+import os
+import shutil
+import socket
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from components.config import registered_name
-from components.errors import ConfigError, TrackingError
+from components.config import Recipe, differences, registered_name
+from components.console import number, table
+from components.errors import ConfigError, TrackingError, UnlearnError
+from components.evidence import read_evidence
+from components.models import fingerprint
 from components.tracking import registry
-from components.tracking.gates import gate_table, judge
-from components.tracking.run import make_client, tracking_uri
-from pipelines.cli import Command, run_cli, say, storage_folder
+from components.tracking.client import make_client, shown_uri
+from components.tracking.gates import CANDIDATE, GateResult, gate_table, judge
+from components.tracking.ledger import Entry, Ledger, Lost, open_ledger
+from components.tracking.promotion import copy_in, sound
+from pipelines.cli import Command, run_cli, say, storage_folder, tracking_uri
+from pipelines.promotion_evidence import (
+    certify,
+    evidence_of_entry,
+    evidence_of_run,
+    gates_and_requests,
+    suites_in,
+    suites_of_champion,
+    with_evidence,
+)
+from pipelines.purge import purge_traces
+
+
+class Registry(NamedTuple):
+    """Where candidates are and where champions go: two servers, or twice the same."""
+
+    name: str
+    recipe: Recipe
+    source: Any
+    target: Any
+    storage: Path
+
+    @property
+    def mirror(self) -> Path:
+        """A copy of the ledger outside the server."""
+        return self.storage / "ledger" / f"{self.name}.jsonl"
+
+    def ledger(self, *, create: bool = False) -> Ledger:
+        """The model's ledger."""
+        return open_ledger(self.target, self.name, self.storage, create=create)
 
 
 def run(command: Command) -> None:
-    """Judge the candidate and move the alias `champion`."""
-    recipe = command.recipe
-    if not recipe.gates:
-        raise ConfigError("Nothing to judge by: gates is empty. Give at least one gate.")
-    name = registered_name(recipe)
-    client = make_client(tracking_uri(recipe.tracking, storage_folder(recipe)))
-    version = registry.candidate(client, name)
-    folder = Path(client.get_run(version.run_id).data.tags["run_folder"])
-    metrics = {model: _metrics(folder / "eval" / f"{model}.json") for model in ("unlearned", "original")}
-    results = judge(recipe.gates, metrics["unlearned"], metrics["original"])
-    say(f"{name} version {version.version}, run {folder.name}\n\n{gate_table(results)}\n")
-    if not all(result.passed for result in results):
+    """Do what the first word says."""
+    from mlflow.exceptions import MlflowException
+
+    action, words = _asked(command)
+    recipe, options = command.recipe, command.options
+    uri = tracking_uri(recipe)
+    source = make_client(uri)
+    target = make_client(recipe.tracking.production) if recipe.tracking.production else source
+    where = Registry(registered_name(recipe), recipe, source, target, storage_folder(recipe))
+    try:
+        _ACTIONS[action](where, words, options)
+    except UnlearnError:
+        raise
+    except (MlflowException, OSError) as error:  # artifacts are refused with an OSError
         raise TrackingError(
-            f"Candidate is not promoted (model={name}, version={version.version}). Expected every gate to hold. "
-            "Unlearn again with other settings, or change the gates."
-        )
-    registry.set_champion(client, name, version.version)
-    say(f"champion: {name} version {version.version}")
+            f"MLflow refused (tracking.uri={shown_uri(uri)}, action={action}): {str(error)[:300]} Expected a server "
+            "that answers, and the right to do this. Nothing is half promoted: give the same command again."
+        ) from error
 
 
 def plan(command: Command) -> str:
-    """Which gates would be judged, for --dry-run."""
-    gates = ", ".join(gate.metric for gate in command.recipe.gates) or "none"
-    return f"\nPlan: judge candidate of {registered_name(command.recipe)} by gates: {gates}"
+    """What would be done, for --dry-run."""
+    action, words = _asked(command)
+    name, gates = registered_name(command.recipe), [gate.metric for gate in command.recipe.gates]
+    if action == "promote":
+        return f"\nPlan: judge {registry.candidates(name)} by gates: {', '.join(gates) or 'none'}"
+    return f"\nPlan: {' '.join([action, *words])} of {name}"
 
 
-def _metrics(file: Path) -> dict[str, float]:
-    if not file.exists():
-        raise TrackingError(f"Evaluation of the candidate is gone (file={file}). Expected it in its run folder.")
-    return json.loads(file.read_text())
+def _asked(command: Command) -> tuple[str, list[str]]:
+    words = command.words
+    action = words[0] if words and not words[0].isdigit() else "promote"
+    words = words[1:] if words and not words[0].isdigit() else words
+    counts = {"promote": (0, 1), "rollback": (0, 1), "certificate": (0, 1), "diff": (2, 2)}
+    least, most = counts.get(action, (0, 0))
+    if action not in _ACTIONS or not least <= len(words) <= most or not all(word.isdigit() for word in words):
+        raise ConfigError(
+            f"Argument not understood ({' '.join(command.words)}). Expected promote [VERSION], rollback [VERSION], "
+            "history, verify, diff VERSION VERSION or certificate [VERSION]."
+        )
+    if action == "promote" and not command.recipe.gates:
+        raise ConfigError("Nothing to judge by: gates is empty. Give at least one gate.")
+    return action, list(words)
+
+
+def _promote(where: Registry, words: Sequence[str], options: argparse.Namespace) -> None:
+    candidate = registry.candidate(where.source, where.name, words[0] if words else None)
+    ledger = where.ledger(create=True)
+    entry = _champion_from(ledger, candidate)
+    if not entry:
+        folder = registry.fetch(where.source, candidate, where.storage / "registered")
+        try:
+            with evidence_of_run(where.source, candidate.run_id) as evidence:
+                while not (entry := _champion_from(ledger, candidate)):
+                    _try(where, ledger, candidate, folder, evidence, options)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    ledger.project()
+    ledger.copy_to(where.mirror)
+    say(f"champion: {where.name} version {entry.version} from {entry.candidate}, entry {entry.seq}")
+    purged = purge_traces(where.recipe, where.source, entry.run) if options.purge_traces else None
+    _tell_certificate(certify(ledger, entry, where.storage, purged))
+
+
+def _champion_from(ledger: Ledger, candidate: Any) -> Entry | None:
+    """The last entry, if it made this candidate champion."""
+    head, _ = ledger.head()
+    return head if head and head.candidate == f"{candidate.name}/{candidate.version}" else None
+
+
+def _try(
+    where: Registry, ledger: Ledger, candidate: Any, folder: Path, evidence: Path, options: argparse.Namespace
+) -> None:
+    """Judge the candidate beside the present champion and write the ledger, unless somebody else is first."""
+    head, before = ledger.head()
+    copied_from, model = f"{candidate.name}/{candidate.version}", fingerprint(folder)
+    results = judge(where.recipe.gates, suites_in(evidence), model, suites_of_champion(ledger, head))
+    say(f"{copied_from}, run {candidate.run_id}\n\n{gate_table(results)}\n")
+    if not all(result.passed for result in results):
+        raise TrackingError(
+            f"Candidate is not promoted (model={where.name}, version={candidate.version}). Expected every gate to "
+            "hold. Unlearn again with other settings, measure what is missing, or change the gates."
+        )
+    version = copy_in(ledger, candidate, folder, _description(copied_from, options, results))
+    entry = Entry(
+        seq=head.seq + 1 if head else 1, action="promote", version=version, replaces=head.version if head else None,
+        candidate=copied_from, run=candidate.run_id, manifest=candidate.tags["manifest"], gates="", evidence="",
+        actor=_actor(options), reason=options.reason, time=_now(), before=before,
+    )  # fmt: skip
+    try:
+        ledger.append(with_evidence(ledger, entry, evidence, model, results))
+    except Lost:
+        say("another promotion came first; judging again, by the champion that is now\n")
+
+
+def _rollback(where: Registry, words: Sequence[str], options: argparse.Namespace) -> None:
+    ledger = where.ledger()
+    head, before = ledger.head()
+    entries = {entry.version: entry for entry in ledger.entries() if entry.action == "promote"}
+    version = words[0] if words else head and entries[head.version].replaces
+    if head is None or version is None or version not in entries:
+        raise TrackingError(
+            f"There is nothing to go back to (model={where.name}, version={version}). Expected a version that was "
+            f"champion: {', '.join(entries) or 'none'}."
+        )
+    if head.version != version:
+        found = registry.find(ledger.client, f"models:/{where.name}/{version}")
+        registry.fetch(ledger.client, found, where.storage / "registered", again=True)  # unaltered, or it stays
+        entry = entries[version]._replace(
+            seq=head.seq + 1, action="rollback", replaces=head.version, actor=_actor(options), reason=options.reason,
+            time=_now(), before=before,
+        )  # fmt: skip
+        try:
+            ledger.append(entry)
+        except Lost:
+            raise TrackingError(
+                f"Champion was changed by somebody else just now (model={where.name}). Expected version "
+                f"{head.version}. Look at the history, and decide again."
+            ) from None
+    ledger.project()
+    ledger.copy_to(where.mirror)
+    say(f"champion: {where.name} version {version}")
+
+
+def _history(where: Registry, words: Sequence[str], options: argparse.Namespace) -> None:
+    ledger = where.ledger()
+    entries = ledger.entries()
+    rows = [
+        [str(e.seq), e.time, e.action, e.version, e.replaces or "-", e.candidate, e.actor, e.reason or "-"]
+        for e in entries
+    ]
+    say(table(["#", "time", "action", "version", "replaces", "candidate", "actor", "reason"], rows))
+    head = entries[-1]
+    earlier = next(e.replaces for e in reversed(entries) if e.action == "promote" and e.version == head.version)
+    with evidence_of_entry(ledger, head) as folder:
+        report, requests = gates_and_requests(folder)
+    gates, asked = report["gates"], requests["requests"] if requests else []
+    rows_removed = sum(len(request["rows"]) for request in asked)
+    ids = ", ".join(request["request_id"] for request in asked)
+    facts = {
+        "champion": f"version {head.version}, trained by run {head.run}, manifest {head.manifest[:12]}",
+        "removed": f"{rows_removed} rows of requests {ids}" if ids else "no deletion requests named",
+        "gates": f"{sum(gate['passed'] for gate in gates)} of {len(gates)} held",
+        "evidence": f"MLflow run {ledger.run_id}, artifacts {head.evidence}",
+        "go back": f"rollback, to version {earlier}" if earlier else "nothing before it",
+    }
+    say("\n" + "\n".join(f"{key:<9} {value}" for key, value in facts.items()))
+
+
+def _verify(where: Registry, words: Sequence[str], options: argparse.Namespace) -> None:
+    ledger = where.ledger()
+    entries = ledger.entries()
+    problems = ledger.problems(where.mirror)
+    problems += sound(ledger, where.storage / "registered").values()
+    head = entries[-1] if entries else None
+    if head:
+        at = where.target.get_registered_model(where.name).aliases.get("champion")
+        if str(at) != head.version:
+            problem = f"alias champion is at version {at or 'none'}, the ledger's is {head.version}"
+            if options.repair:
+                ledger.project()
+                ledger.copy_to(where.mirror)
+                say(f"repaired: {problem}")
+            else:
+                problems.append(f"{problem}; verify --repair mends that")
+    if problems:
+        raise TrackingError("Registry is not sound (model=" + where.name + "):\n- " + "\n- ".join(problems))
+    versions = len({entry.version for entry in entries})
+    say(f"{where.name}: {len(entries)} ledger entries, {versions} versions and the alias are sound")
+
+
+def _diff(where: Registry, words: Sequence[str], options: argparse.Namespace) -> None:
+    ledger = where.ledger()
+    entries = [_entry(ledger, version) for version in words]
+    runs = [where.source.get_run(entry.run) for entry in entries]
+    params, tags = ([getattr(found.data, kind) for found in runs] for kind in ("params", "tags"))
+    data = [{key: text for key, text in found.items() if key.startswith(("data.", "original_model"))} for found in tags]
+    changed = [*differences(params[0], params[1]), *differences(data[0], data[1])]
+    say("settings and data: " + ("the same" if not changed else ""))
+    for line in changed:
+        say(f"  {line}")
+    found = []
+    for entry in entries:
+        with evidence_of_entry(ledger, entry) as folder:
+            evidence = read_evidence(folder)
+            found.append((evidence.questions, evidence.evaluated[CANDIDATE].values) if evidence else ({}, {}))
+    (questions, first), (others, second) = found
+    rows = [
+        [name, number(first.get(name)), number(second.get(name))] for name in dict.fromkeys([*first, *second])
+        if first.get(name) != second.get(name)
+    ]  # fmt: skip
+    say("\n" + table(["metric", *(f"version {version}" for version in words)], rows))
+    if questions != others:
+        say("measured on different questions: do not compare the figures")
+
+
+def _certificate(where: Registry, words: Sequence[str], options: argparse.Namespace) -> None:
+    ledger = where.ledger()
+    entry = _entry(ledger, words[0]) if words else ledger.entries()[-1]
+    page = certify(ledger, entry, where.storage)
+    if page is None:
+        raise TrackingError(
+            f"There is nothing to certify (model={where.name}, version={entry.version}). Expected a run that was given "
+            "deletion requests: set data.requests."
+        )
+    _tell_certificate(page)
+
+
+def _tell_certificate(page: Path | None) -> None:
+    if page:
+        say(f"certificate: {page}")
+
+
+_ACTIONS = {
+    "promote": _promote, "rollback": _rollback, "history": _history, "verify": _verify, "diff": _diff,
+    "certificate": _certificate,
+}  # fmt: skip
+
+
+def _entry(ledger: Ledger, version: str) -> Entry:
+    found = {entry.version: entry for entry in ledger.entries() if entry.action == "promote"}
+    if version not in found:
+        raise TrackingError(
+            f"Version was never champion (model={ledger.name}, version={version}). Expected one of {', '.join(found)}."
+        )
+    return found[version]
+
+
+def _description(copied_from: str, options: argparse.Namespace, results: list[GateResult]) -> str:
+    """What MLflow shows of the version, in Markdown."""
+    lines = [f"| {r.metric} | {number(r.value)} | {r.condition} {number(r.bound)} |" for r in results]
+    head = f"Promoted from {copied_from} by {_actor(options)}. {options.reason}".strip()
+    return "\n".join([head, "", "| gate | value | condition |", "|---|---:|---|", *lines])
+
+
+def _actor(options: argparse.Namespace) -> str:
+    return options.actor or os.environ.get("MLFLOW_TRACKING_USERNAME") or f"{getpass.getuser()}@{socket.gethostname()}"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--reason", default="", metavar="TEXT", help="why, for the ledger")
+    parser.add_argument("--actor", default="", metavar="NAME", help="who (default: MLflow's user, else user@machine)")
+    parser.add_argument("--repair", action="store_true", help="verify: put the alias where the ledger says")
+    parser.add_argument("--purge-traces", action="store_true", help="promote: remove what still holds forgotten rows")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    return run_cli(str(__doc__), run, plan, words="what to do", add_options=_options, argv=argv)
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(__doc__, run, plan))
+    sys.exit(main())

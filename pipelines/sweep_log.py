@@ -14,7 +14,7 @@ from components.tracking.spool import Spool
 from components.tuning import pareto
 from components.tuning.spaces import recipe_of
 from components.tuning.trials import Trial, goal_name
-from pipelines.cli import storage_folder
+from pipelines.cli import storage_folder, tracking_uri
 from pipelines.training import telling
 
 _PATIENCE, _LIMIT = 10.0, 60.0  # seconds
@@ -48,7 +48,7 @@ class Log:
                 break  # the server is away: the same command sends the rest
 
     def _open(self, folder: Path) -> Spool:
-        return open_spool(folder, self.recipe.tracking, self.storage, telling("MLflow"))
+        return open_spool(folder, tracking_uri(self.recipe), telling("MLflow"))
 
     def _send(self) -> None:
         while not self.done.wait(_PAUSE):

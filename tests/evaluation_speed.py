@@ -81,7 +81,7 @@ def main(folder: str, data: str, split: str = "forget05", limit: str = "") -> No
     with tempfile.TemporaryDirectory() as storage:
         suites = ["suite=tofu", *([] if split == "forget10" else [f"suite=tofu-{split}"])]
         more = [f"data.folder={data}", f"storage={storage}", "data.max_bad_fraction=1.0"]
-        recipe = parse_arguments([folder, *suites, *more], takes_models=True).recipe
+        recipe = parse_arguments([folder, *suites, *more], takes_words=True).recipe
         evaluation = recipe.evaluation
         for name, questions in evaluation.sets.items() if limit else ():
             rows = [source.model_copy(update={"limit": int(limit)}) for source in questions.rows]

@@ -151,7 +151,7 @@ def test_the_readmes_commands_are_accepted() -> None:
         assert (ROOT / pipeline).exists()
         given = [str(ROOT / argument) if argument.endswith(".yaml") else argument for argument in arguments]
         chosen = [argument for argument in given if ".yaml" in argument or "=" in argument]
-        assert parse_arguments(chosen, takes_models="evaluate" in pipeline).recipe
+        assert parse_arguments(chosen, takes_words="evaluate" in pipeline).recipe
 
 
 @pytest.mark.parametrize(

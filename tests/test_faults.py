@@ -4,16 +4,13 @@ import json
 import os
 import random
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from components.training.checkpoint_files import MANIFEST, Place, steps_kept
 from components.training.job import Job
 from components.training.launch import run_job
 from tests.drive import on_two_ranks
+from tests.mlflow_server import Server, running
 from tests.test_checkpoint import GRAD_DIFF, job_of
 from tests.test_pipelines import ROOT, SMALL, command
 from tests.training import distance, events, lines, run, saved, steps_done, weights
@@ -280,42 +278,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, cluster_address: str) -> Pa
     return file
 
 
-class Server:
-    """A real `mlflow server`, that can be killed and started again."""
-
-    def __init__(self, folder: Path):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
-        folder.mkdir()
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers",
-             "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--artifacts-destination",
-             str(self.folder / "artifacts")],
-            start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            with suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=2):
-                return
-            time.sleep(0.2)
-        raise TimeoutError("mlflow server did not start")
-
-    def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    server = Server(tmp_path / "server")
-    server.start()
-    yield server
-    server.kill()
+    with running(Server(tmp_path / "server")) as server:
+        yield server
 
 
 def the_run(folder: Path) -> Path:
@@ -350,7 +316,7 @@ def test_mlflow_that_dies_loses_nothing_and_slows_nothing(
     server.start()
     again = command("unlearn", *typed)
     assert "entries sent" in again.stdout, again.stdout + again.stderr
-    assert "small version" in again.stdout
+    assert "small-candidates version" in again.stdout
     client = MlflowClient(tracking_uri=server.uri, registry_uri=server.uri)
     runs = client.search_runs(["1"], f"attributes.run_name = '{folder.name}'")
     [run] = [run for run in runs if str(tmp_path / "disturbed") in run.data.tags["run_folder"]]

@@ -106,7 +106,7 @@ def test_the_main_job_runs_as_a_ray_job_and_goes_on_after_a_stop(head: dict[str,
     assert done.returncode == 0, done.stdout + done.stderr
     assert ray("job", "status", "main-job", environment=head).stdout.count("succeeded") == 1
     logs = ray("job", "logs", "main-job", environment=head).stdout
-    assert "candidate and champion" in logs
+    assert "gates hold" in logs
     assert f"going on after step {reached}" in logs
     assert client.get_run(run.info.run_id).info.status == "FINISHED"
     ours = logs[logs.index("run          ") :].rstrip().splitlines()

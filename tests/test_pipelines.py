@@ -86,7 +86,7 @@ def test_the_main_job_prints_what_matters_and_nothing_else(done, run_folder: Pat
         assert all(word in line for line in steps)
     text = done.stdout
     for words in ("baseline     original: forget_probability", "model_utility", "retain-only", str(run_folder),
-                  "report.html", "candidate and champion", "mlflow ui"):  # fmt: skip
+                  "report.html", "small-candidates version 1, gates hold", "mlflow ui"):  # fmt: skip
         assert words in text
     assert text.count("\n  before  ") == text.count("\n  after   ") == 3
     assert text.index("baseline") < text.index("step 1/6")
@@ -94,9 +94,13 @@ def test_the_main_job_prints_what_matters_and_nothing_else(done, run_folder: Pat
 
 def test_the_run_folder_is_whole(run_folder: Path) -> None:
     names = {file.name for file in run_folder.iterdir()}
-    files = {"config.json", "metrics.jsonl", "metrics.json", "report.html", "summary.json"}
-    assert names == files | {"eval", "model", "mlflow"}
-    assert {f.stem for f in (run_folder / "eval").iterdir()} == {"original", "unlearned", "retain-only"}
+    files = {"config.json", "metrics.jsonl", "metrics.json", "metrics.npz", "report.html", "summary.json"}
+    assert names == files | {"environment.json", "eval", "figures", "model", "mlflow"}
+    assert {*json.loads((run_folder / "metrics.json").read_text())["models"]} == {
+        "original",
+        "unlearned",
+        "retain-only",
+    }
     assert json.loads((run_folder / "config.json").read_text())["train"]["zero_stage"] == 3
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
         file.name for file in (run_folder / "model").iterdir()
@@ -127,7 +131,7 @@ def test_a_stranger_gets_the_reports_answers(run_folder: Path) -> None:
     assert [json.loads(line) for line in out.stdout.splitlines()] == [answer for _, answer in pairs], out.stderr
 
 
-def test_mlflow_holds_the_run_and_the_champion(run_folder: Path) -> None:
+def test_mlflow_holds_the_run_and_the_candidate(run_folder: Path) -> None:
     import mlflow
 
     uri = f"sqlite:///{run_folder.parent / 'mlflow.db'}"
@@ -146,11 +150,18 @@ def test_mlflow_holds_the_run_and_the_champion(run_folder: Path) -> None:
     assert [point.step for point in client.get_metric_history(run.info.run_id, "eval/model_utility")] == [0, 6]
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
         "config.json",
+        "environment.json",
+        "eval",
+        "figures",
         "report.html",
         "metrics.json",
+        "metrics.npz",
     }
-    assert client.get_model_version_by_alias("small", "candidate").version == 1
-    assert client.get_model_version_by_alias("small", "champion").version == 1
+    assert {given.dataset.name for given in run.inputs.dataset_inputs} >= {"forget", "normal", "random"}
+    assert "| forget_probability |" in run.data.tags["mlflow.note.content"]
+    table = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/eval/metrics_table.json")
+    assert table["columns"][:3] == ["metric", "good", "original"]
+    assert client.get_model_version_by_alias("small-candidates", "candidate").version == 1
 
 
 def test_the_same_command_shows_the_finished_run(done, run_folder: Path, recipe: Path) -> None:
@@ -173,13 +184,17 @@ def test_a_new_run_finds_models_and_data_and_promotion_is_gated(
     assert "original     found in" in other.stdout
     assert "retain_only  found in" in other.stdout
     assert "FAIL" in other.stdout
-    assert "gates do not hold" in other.stdout
+    assert "1 of 1 gates do not hold" in other.stdout
     refused = command("promote", str(recipe), *strict)
     assert refused.returncode == 1
     assert "Candidate is not promoted (model=small, version=2)" in refused.stderr
     accepted = command("promote", str(recipe))
     assert accepted.returncode == 0, accepted.stderr
-    assert "champion: small version 2" in accepted.stdout
+    assert "champion: small version 1" in accepted.stdout
+
+
+def unlearned_metrics(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "metrics.json").read_text())["models"]["unlearned"]["values"]
 
 
 def test_finetune_and_evaluate_commands(run_folder: Path, recipe: Path, cluster_address: str) -> None:
@@ -191,7 +206,7 @@ def test_finetune_and_evaluate_commands(run_folder: Path, recipe: Path, cluster_
     assert table.stderr == ""
     header = next(line for line in table.stdout.splitlines() if line.startswith("metric"))
     assert header.split() == ["metric", "original", "retain-only", f"…{run_folder.name[-23:]}"]
-    stored = json.loads((run_folder / "eval" / "unlearned.json").read_text())
+    stored = unlearned_metrics(run_folder)
     row = next(line for line in table.stdout.splitlines() if line.startswith("forget_probability"))
     assert float(row.split()[-1]) == pytest.approx(stored["forget_probability"], rel=0.01)
     suite = command("evaluate", str(recipe), "suite=quick", "train.workers=0", RAY_ADDRESS=cluster_address)
@@ -213,7 +228,7 @@ def test_attacks_on_the_runs_own_model(run_folder: Path, recipe: Path, cluster_a
     assert first[1].split() == ["attack", "original", "retain-only", f"…{run_folder.name[-23:]}"]
     rows = {line[:25].strip(): [float(cell) for cell in line[25:].split()] for line in first[3:]}
     assert list(rows) == ["none", "prompt: push", "paraphrased", "1 examples", "relearn 100%, 30 steps"]
-    stored = json.loads((run_folder / "eval" / "unlearned.json").read_text())
+    stored = unlearned_metrics(run_folder)
     assert rows["none"][2] == pytest.approx(stored["forget_probability"], rel=0.01)
     assert rows["relearn 100%, 30 steps"][2] > rows["none"][2] + 0.1
     assert not (run_folder.parent / "attacks").exists() or not list((run_folder.parent / "attacks").iterdir())
@@ -237,7 +252,7 @@ def test_a_run_without_evaluation_or_retain_only_model(
     first = command("unlearn", *arguments, RAY_ADDRESS=cluster_address)
     assert first.returncode == 0, first.stderr
     assert "data         forget 8, normal 55, random 55 rows" in first.stdout
-    assert "(candidate; no gates)" in first.stdout
+    assert "no gates" in first.stdout
     assert "is finished already" in command("unlearn", *arguments).stdout
     datasets.Dataset.from_list(rows[:5]).save_to_disk(tmp_path / "forget")
     changed = command("unlearn", *arguments, RAY_ADDRESS=cluster_address)

@@ -27,7 +27,7 @@ DEMO = str(ROOT / "pipelines" / "recipes" / "demo.yaml")
 
 @pytest.mark.parametrize("suite", SUITES, ids=lambda file: file.stem)
 def test_every_suite_fits_a_recipe_and_leaves_its_run_alone(suite: Path) -> None:
-    command = parse_arguments([DEMO, f"suite={suite.stem}"], takes_models=True)
+    command = parse_arguments([DEMO, f"suite={suite.stem}"], takes_words=True)
     assert run_name(load_recipe([DEMO])) in command.runs
     assert command.recipe.data == load_recipe([DEMO]).data
     own = yaml.safe_load(suite.read_text())
@@ -38,24 +38,24 @@ def test_every_suite_fits_a_recipe_and_leaves_its_run_alone(suite: Path) -> None
 
 def test_a_suite_with_questions_needs_no_recipe() -> None:
     arguments = ["/models/a b", "/models/c", "suite=tofu", "suite=tofu-forget05", "data.folder=/data"]
-    command = parse_arguments(arguments, takes_models=True)
+    command = parse_arguments(arguments, takes_words=True)
     assert command.recipe.models.original.path == "/models/a b"  # type: ignore[union-attr]
-    assert command.models == ["/models/c"]
+    assert command.words == ["/models/c"]
     [source] = command.recipe.evaluation.sets["forget"].rows
     assert source.path == "/data/tofu/forget05_perturbed.json"  # type: ignore[union-attr]
     assert sorted(command.recipe.evaluation.sets) == ["forget", "real_authors", "retain", "world_facts"]
     command = parse_arguments([*arguments, "models.original.path=/x", "models.original.type=pretrained"], True)
-    assert command.models == ["/models/a b", "/models/c"]
+    assert command.words == ["/models/a b", "/models/c"]
     with pytest.raises(ConfigError, match=r"Did you mean .*tofu.yaml"):
-        parse_arguments(["/models/a", "suite=tfu"], takes_models=True)
+        parse_arguments(["/models/a", "suite=tfu"], takes_words=True)
 
 
 def test_the_own_run_is_found_with_other_settings_of_what_is_measured() -> None:
     own = run_name(load_recipe([DEMO]))
     judge = "evaluation.judge={type: keywords, texts: [acid]}"
-    assert own in parse_arguments([DEMO, "suite=harmful", judge], takes_models=True).runs
+    assert own in parse_arguments([DEMO, "suite=harmful", judge], takes_words=True).runs
     only_there = "evaluation.sets.real_authors.normalised=false"
-    assert own in parse_arguments([DEMO, "suite=tofu", only_there], takes_models=True).runs
+    assert own in parse_arguments([DEMO, "suite=tofu", only_there], takes_words=True).runs
 
 
 def test_a_gate_on_what_is_not_computed_is_refused() -> None:

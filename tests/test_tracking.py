@@ -1,36 +1,22 @@
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from components.config import Gate, Tracking
 from components.errors import TrackingError
 from components.files import sha256, write_whole
 from components.load_config import load_recipe
 from components.tracking import registry
+from components.tracking.client import make_client
 from components.tracking.follow import follow
-from components.tracking.gates import gate_table, judge
-from components.tracking.run import last_step, make_client, open_spool, put_lines, put_metrics, put_run
+from components.tracking.manifest import manifest_digest, manifest_of
+from components.tracking.run import Input, last_step, open_spool, put_lines, put_metrics, put_run
 from components.tracking.spool import Spool
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def test_gates() -> None:
-    gates = [
-        Gate(metric="a", min=0.5),
-        Gate(metric="a", max=0.5),
-        Gate(metric="b", min_of_original=0.9),
-        Gate(metric="missing", min=0),
-        Gate(metric="c", min_of_original=0.9),
-    ]
-    results = judge(gates, {"a": 0.5, "b": 0.89, "c": 1.0}, {"b": 1.0})
-    assert [result.passed for result in results] == [True, True, False, False, False]
-    text = gate_table(results)
-    assert "not computed" in text
-    assert text.count("FAIL") == 3
 
 
 def test_follow_hands_over_every_whole_line_once(tmp_path: Path) -> None:
@@ -108,7 +94,7 @@ def client(uri: str):
 def make_spool(uri: str, folder: Path) -> Spool:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text("{}")
-    return open_spool(folder, Tracking(uri=uri), folder.parent, lambda text: None)
+    return open_spool(folder, uri, lambda text: None)
 
 
 def make_run(uri: str, folder: Path) -> Spool:
@@ -209,42 +195,93 @@ def test_another_server_is_told_everything(uri: str, tmp_path: Path) -> None:
     assert make_spool(uri, tmp_path / "run").unsent() == 0
 
 
-def test_registration_and_aliases(uri: str, client, tmp_path: Path, base: Path) -> None:
-    import mlflow
-
+def test_registration(uri: str, client, tmp_path: Path, base: Path) -> None:
     with pytest.raises(TrackingError, match="No candidate is registered"):
-        registry.candidate(client, "people-model")
+        registry.candidate(client, "people")
     for expected in ("1", "2"):
-        spool = make_run(uri, tmp_path / f"run{expected}")
-        spool.drain(5)
-        run_id = spool.known["run_id"]
+        run_id = begun_run(uri, tmp_path / f"run{expected}")
         for _ in range(2):  # a run has one version, however often it is sent
-            version = registry.register(
-                client, run_id, base, "people-model", {"model_utility": 0.5}, 3, {"optimizer": "soul"}
-            )
-            assert version == expected
-            client.delete_registered_model_alias("people-model", "candidate")
-        registry.register(client, run_id, base, "people-model", {}, 3, {})
+            assert add(client, run_id, base, f"2026-01-0{expected}") == expected
+            client.delete_registered_model_alias("people-candidates", "candidate")
+        add(client, run_id, base, f"2026-01-0{expected}")
         assert len(client.search_logged_models(["1"], filter_string=f"source_run_id = '{run_id}'")) == 1
-    assert registry.candidate(client, "people-model").version == 2
-    registry.set_champion(client, "people-model", "1")
-    champion = client.get_model_version_by_alias("people-model", "champion")
-    assert champion.version == 1
-    assert champion.tags["eval.model_utility"] == "0.5"
-    folder = Path(mlflow.artifacts.download_artifacts("models:/people-model@champion", dst_path=str(tmp_path / "out")))
+    newest = registry.candidate(client, "people")
+    assert (newest.version, newest.tags["optimizer"]) == (2, "soul")
+    assert registry.candidate(client, "people", "1").version == 1
+    assert manifest_digest(manifest_of(base)) == newest.tags["manifest"]
+    fetched = registry.fetch(client, newest, tmp_path / "registered")
+    assert {file.name for file in fetched.iterdir()} == {file.name for file in base.iterdir()}
     for file in base.iterdir():
-        assert (folder / file.name).read_bytes() == file.read_bytes()
-    assert sha256(base / "model.safetensors") == champion.tags["sha256.model.safetensors"]
-    fetched = registry.fetch(client, "models:/people-model@champion", tmp_path / "registered")
-    assert (fetched / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
-    assert registry.fetch(client, "models:/people-model/1", tmp_path / "registered") == fetched
-    client.set_model_version_tag("people-model", "2", "sha256.model.safetensors", "0" * 64)
-    with pytest.raises(TrackingError, match="Registered model was altered"):
-        registry.fetch(client, "models:/people-model/2", tmp_path / "registered")
-    assert not (tmp_path / "registered" / "people-model-2").exists()
-    for wrong in ("models:/people-model@nobody", "models:/nothing/1", "models:/people-model/77"):
+        assert (fetched / file.name).read_bytes() == file.read_bytes()
+    for wrong in ("models:/people-candidates@nobody", "models:/nothing/1", "models:/people-candidates/77"):
         with pytest.raises(TrackingError, match="Model is not registered"):
-            registry.fetch(client, wrong, tmp_path / "registered")
+            registry.find(client, wrong)
+
+
+def test_a_model_that_is_sent_late_does_not_become_the_candidate(uri: str, client, tmp_path: Path, base: Path) -> None:
+    add(client, begun_run(uri, tmp_path / "new"), base, "2026-02-02", "late")
+    add(client, begun_run(uri, tmp_path / "old"), base, "2026-01-01", "late")
+    assert registry.candidate(client, "late").version == 1
+
+
+def test_an_altered_model_is_refused_file_by_file(uri: str, client, tmp_path: Path, base: Path) -> None:
+    add(client, begun_run(uri, tmp_path / "run"), base, "2026-01-01", "altered")
+    version = registry.candidate(client, "altered")
+    stored = Path(client.get_logged_model(version.source.removeprefix("models:/")).artifact_location)
+    good = registry.fetch(client, version, tmp_path / "kept")
+    weights = stored / "model.safetensors"
+    whole = weights.read_bytes()
+    changes = {
+        "model.safetensors was altered": lambda: weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1])),
+        "model.safetensors is missing": weights.unlink,
+        "more.json was not there": lambda: (stored / "more.json").write_text("{}"),
+        "MANIFEST.json has another sha256": lambda: (stored / "MANIFEST.json").write_text("{}"),
+    }
+    for told, change in changes.items():
+        kept = {file.name: file.read_bytes() for file in stored.iterdir()}
+        change()
+        with pytest.raises(TrackingError, match=f"Registered model was altered.*{told}"):
+            registry.fetch(client, version, tmp_path / "registered")
+        for file in stored.iterdir():
+            file.unlink()
+        for name, content in kept.items():
+            (stored / name).write_bytes(content)
+        assert not list((tmp_path / "registered").glob("*"))
+    (good / "model.safetensors").write_bytes(b"x")  # the copy that was fetched before
+    assert sha256(registry.fetch(client, version, tmp_path / "kept") / "model.safetensors") == sha256(weights)
+
+
+def test_what_could_run_code_is_not_registered(uri: str, client, tmp_path: Path, base: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    (folder / "modeling.py").write_text("print()")
+    with pytest.raises(TrackingError, match=r"modeling\.py\). Expected only .safetensors"):
+        add(client, begun_run(uri, tmp_path / "run"), folder, "2026-01-01", "code")
+
+
+def begun_run(uri: str, folder: Path) -> str:
+    spool = make_run(uri, folder)
+    spool.drain(5)
+    return spool.known["run_id"]
+
+
+def add(client, run_id: str, folder: Path, trained_at: str, name: str = "people") -> str:
+    return registry.register(client, run_id, folder, name, {"optimizer": "soul"}, step=3, trained_at=trained_at)
+
+
+def test_a_run_names_its_data_sets_and_tables(uri: str, client, tmp_path: Path) -> None:
+    spool = make_spool(uri, tmp_path / "run")
+    recipe = load_recipe([ROOT / "pipelines" / "recipes" / "demo.yaml"])
+    put_run(spool, recipe, "a run", tmp_path / "run", {}, [Input("forget", "ab" * 16, 60, ["people:forget"])])
+    (tmp_path / "run" / "figures").mkdir()
+    (tmp_path / "run" / "figures" / "a.png").write_bytes(b"x")
+    spool.put("artifact", path=str(tmp_path / "run" / "figures"), into="figures")
+    assert spool.drain(5) == 0
+    run = client.get_run(spool.known["run_id"])
+    [given] = run.inputs.dataset_inputs
+    assert (given.dataset.name, given.dataset.digest) == ("forget", "ab" * 16)
+    assert [(tag.key, tag.value) for tag in given.tags] == [("mlflow.data.context", "forget")]
+    assert [file.path for file in client.list_artifacts(run.info.run_id, "figures")] == ["figures/a.png"]
 
 
 def test_a_server_out_of_reach_is_one_paragraph(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ One schema serves all pipelines, so that one file describes a whole job. A strin
 
 from components.config.attacks import Attacks, Relearn
 from components.config.data import Data, Files, FixedAnswers, HuggingFace, People, PoolSource, Rows, Source, Text
-from components.config.evaluation import Classifier, Evaluation, EvaluationSet, Gate, Keywords, LmEval, Tracking
+from components.config.evaluation import Classifier, Evaluation, EvaluationSet, Keywords, LmEval
 from components.config.faults import Best, Guard, Probe
 from components.config.objective import (
     Balanced,
@@ -36,8 +36,16 @@ from components.config.objective import (
     Weight,
     Wga,
 )
-from components.config.recipe import NOT_PART_OF_TRAINING, Recipe, config_hash, registered_name, run_name
+from components.config.recipe import (
+    NOT_PART_OF_TRAINING,
+    Recipe,
+    config_hash,
+    objective_name,
+    registered_name,
+    run_name,
+)
 from components.config.section import Section, differences, digest, leaves
+from components.config.tracking import Gate, Tracking
 from components.config.training import (
     Adafactor,
     AdamW,
@@ -129,6 +137,7 @@ __all__ = [
     "differences",
     "digest",
     "leaves",
+    "objective_name",
     "registered_name",
     "run_name",
 ]

@@ -36,6 +36,10 @@ class Rows(Section):
     where: str | None = None
     """Take only records for which this holds, such as `is_safe == false and severity > 1`. Columns stand by name, or
     as `row["a name"]`; the others are counted, not set aside."""
+    requested: str | None = None
+    """Take only records that this file of deletion requests names; `data.requests` sets it."""
+    not_requested: str | None = None
+    """Leave out records that this file of deletion requests names; `data.requests` sets it."""
     limit: int | None = Field(None, ge=1)
     """Take only the first so many records of each file, before `where`."""
 
@@ -156,6 +160,10 @@ class Data(Section):
     `forget`, as an alternate answer does; both must have the same rows."""
     folder: str | None = None
     """Where relative paths of files start, those of evaluation sets too; applied when the recipe is loaded."""
+    requests: str | None = None
+    """File of deletion requests (JSON lines with request_id, received, legal_basis and where): of `forget` and of the
+    evaluation set of that name only records that they name are taken, everywhere else these are left out; applied when
+    the recipe is loaded."""
     template: str | None = Field(None, pattern=r"\{prompt\}")
     """How a prompt is written, such as `"Question: {prompt}\nAnswer:"`. The answer follows after `answer_prefix` and
     ends with EOS. Left out, it is the tokenizer's chat template, or the one shown here where there is none."""

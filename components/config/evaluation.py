@@ -1,4 +1,4 @@
-"""What is measured, where it is recorded, and what a champion must reach."""
+"""What is measured before and after."""
 
 import fnmatch
 from typing import Annotated, Literal
@@ -106,29 +106,3 @@ class Evaluation(Section):
     def wants(self, metric: str) -> bool:
         """Whether `metrics` names this one."""
         return self.metrics is None or any(fnmatch.fnmatchcase(metric, pattern) for pattern in self.metrics)
-
-
-class Gate(Section):
-    """One condition for becoming champion; exactly one bound."""
-
-    metric: str
-    min: float | None = None
-    max: float | None = None
-    min_of_original: float | None = None
-    """At least this fraction of the original model's value."""
-
-    @model_validator(mode="after")
-    def _one_bound(self) -> "Gate":
-        if sum(bound is not None for bound in (self.min, self.max, self.min_of_original)) != 1:
-            raise ValueError(f"gate on {self.metric} needs exactly one of min, max, min_of_original")
-        return self
-
-
-class Tracking(Section):
-    """Where MLflow records the run."""
-
-    uri: str | None = None
-    """MLflow tracking URI; left out, `sqlite:///<storage>/mlflow.db`."""
-    experiment: str = "unlearning"
-    registered_model: str | None = None
-    """Name in the model registry; left out, the recipe's name."""

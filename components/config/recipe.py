@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from components.config.attacks import Attacks
 from components.config.data import Data
-from components.config.evaluation import Evaluation, Gate, Tracking
+from components.config.evaluation import Evaluation
 from components.config.faults import Guard
 from components.config.objective import (
     Balanced,
@@ -20,6 +20,7 @@ from components.config.objective import (
     RandomResponse,
 )
 from components.config.section import Section, digest
+from components.config.tracking import Gate, Tracking
 from components.config.training import Adafactor, Finetune, Influence, Models, Optimizer, Soul, Train, Wagle
 
 
@@ -187,7 +188,12 @@ def registered_name(recipe: Recipe) -> str:
     return recipe.tracking.registered_model or recipe.name
 
 
+def objective_name(recipe: Recipe) -> str:
+    """Its terms, such as `gradient_ascent+kl_to_original`."""
+    return "+".join(term.type for term in recipe.objective.terms().values())
+
+
 def run_name(recipe: Recipe) -> str:
     """`<objective>-<optimizer>-<model and data>-<hash>`: the same command names the same run."""
-    objective = "+".join(term.type for term in recipe.objective.terms().values()).replace("_", "-")
+    objective = objective_name(recipe).replace("_", "-")
     return f"{objective}-{recipe.optimizer.type}-{recipe.name}-{config_hash(recipe)}"

@@ -60,6 +60,16 @@ def size(file: str) -> int:
     return int(_ask(file, lambda: store.info(path))["size"])
 
 
+def state(file: str) -> str:
+    """Size and time of the last change of one file."""
+    if is_remote(file):
+        store, path = open_store(file)
+        info = _ask(file, lambda: store.info(path))
+        return f"{info['size']} {info['mtime']}"
+    stat = os.stat(file)
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
 def content_digest(file: str, memory: Path) -> str:
     """Hex digest that changes with the file's content.
 
@@ -67,14 +77,11 @@ def content_digest(file: str, memory: Path) -> str:
     of change stay. An object in a store goes by its size and time of change.
     """
     if is_remote(file):
-        store, path = open_store(file)
-        info = _ask(file, lambda: store.info(path))
-        return hashlib.sha256(f"{file} {info['size']} {info['mtime']}".encode()).hexdigest()
-    state = os.stat(file)
-    if state.st_size < _HASH_AGAIN_BELOW:
+        return hashlib.sha256(f"{file} {state(file)}".encode()).hexdigest()
+    if os.path.getsize(file) < _HASH_AGAIN_BELOW:
         return sha256(file)
     note = memory / hashlib.sha256(file.encode()).hexdigest()[:32]
-    key = f"{file} {state.st_size} {state.st_mtime_ns}"
+    key = f"{file} {state(file)}"
     if note.exists() and note.read_text(encoding="utf-8").startswith(key + "\n"):
         return note.read_text(encoding="utf-8").splitlines()[1]
     digest = sha256(file)

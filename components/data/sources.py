@@ -55,7 +55,17 @@ def source_files(source: PoolSource) -> list[str]:
 
 
 def fingerprint(source: PoolSource, storage: Path) -> str:
-    """Hex digest that changes with the content read: of files, a hub data set's commit, or the settings themselves."""
+    """Hex digest that changes with the content read: of files, a hub data set's commit, or the settings themselves.
+
+    Deletion requests that choose among the records count too.
+    """
+    requests = [getattr(source, key, None) for key in ("requested", "not_requested")]
+    digests = [locations.content_digest(locations.find(path)[0], storage / "fingerprints") for path in requests if path]
+    own = _own_fingerprint(source, storage)
+    return digest([own, *digests], 64) if digests else own
+
+
+def _own_fingerprint(source: PoolSource, storage: Path) -> str:
     if isinstance(source, People | FixedAnswers):
         return digest(source.model_dump(mode="json"), 64)
     if isinstance(source, HuggingFace) and not Path(source.path).is_dir():

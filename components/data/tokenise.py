@@ -18,7 +18,17 @@ import pyarrow as pa
 from pydantic import TypeAdapter
 
 from components.config import Data, FixedAnswers, PoolSource, Text
-from components.data.mapping import Example, Prompt, Unusable, examples, parse, raw_text, record_filter, shown
+from components.data.mapping import (
+    Example,
+    Prompt,
+    Unusable,
+    examples,
+    parse,
+    raw_text,
+    record_filter,
+    request_of,
+    shown,
+)
 from components.data.prompts import Encoder, TokenizerFacts, Tokens
 from components.data.sources import Record, open_records
 from components.files import write_arrow, write_whole
@@ -30,9 +40,11 @@ ROWS = pa.schema(
     {
         "row_id": pa.string(), "match": pa.uint64(), "line": pa.int64(), "input_ids": _IDS, "answer_start": pa.int32(),
         "question": pa.string(), "answer": pa.string(), "answers": pa.list_(_IDS), "paraphrased": pa.bool_(),
+        "request": pa.string(),
     }
 )  # fmt: skip
-"""`row_id` is the hash of prompt and answer, `match` the same with letter case and spaces levelled."""
+"""`row_id` is the hash of prompt and answer, `match` the same with letter case and spaces levelled; `request` is the id
+of the deletion request that chose the row."""
 _SOURCE: TypeAdapter[PoolSource] = TypeAdapter(PoolSource)
 
 
@@ -120,15 +132,17 @@ def _rows(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
     """Good rows, rows set aside, and how many records the filter left out."""
     encoder = _encoder(folder)
-    keep = _filter(source.model_dump_json())
+    keep, request = record_filter(source), request_of(source)
     rows: list[dict[str, Any]] = []
     aside: list[dict[str, Any]] = []
     found: list[tuple[Record, Example]] = []
+    requests: dict[int, str | None] = {}
     filtered = 0
     for record in records:
         try:
             fields = parse(record)
             if keep(fields):
+                requests[record.line] = request(fields)
                 found += [(record, example) for example in examples(fields, source, kind)]
             else:
                 filtered += 1
@@ -149,15 +163,16 @@ def _rows(
         try:
             if isinstance(tokens, Unusable):
                 raise tokens
-            rows.append({"line": record.line, **_row(example, tokens, source, kind, data, encoder)})
+            rows.append(
+                {
+                    "line": record.line,
+                    "request": requests[record.line],
+                    **_row(example, tokens, source, kind, data, encoder),
+                }
+            )
         except Unusable as reason:
             aside.append(_aside(record, reason))
     return rows, aside, filtered
-
-
-@functools.lru_cache(maxsize=4)
-def _filter(source: str) -> Any:
-    return record_filter(_SOURCE.validate_json(source))
 
 
 def _aside(record: Record, reason: Unusable) -> dict[str, Any]:

@@ -23,26 +23,11 @@ from components.evaluation.metrics import (
     log_truth_ratios,
     normalised_probability,
 )
+from components.evidence import Evaluated
 
 _RESAMPLES = 1000
 _NEEDS_RETAIN_ONLY = "needs a retain-only model: give models.retain_only, finetune or evaluation.retain_log"
 _UTILITY = ("probability", "rouge", "truth_ratio")
-
-
-class Evaluated(NamedTuple):
-    """The metrics of one model."""
-
-    values: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    """95 % bootstrap intervals over rows, for those that have one."""
-    missing: dict[str, str]
-    """What is not computed, and what it needs."""
-    resampled: dict[str, np.ndarray]
-    """What the intervals are of: the metric on rows drawn with replacement, the same draws for every model."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Values, intervals and what is missing."""
-        return {"values": self.values, "intervals": self.intervals, "missing": self.missing}
 
 
 class Reference(NamedTuple):

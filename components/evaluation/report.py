@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from components.console import number, table
-from components.evaluation.evaluate import Evaluated, better, compared
+from components.evaluation.evaluate import better, compared
 from components.evaluation.metrics import GENERATED, by_set, has, probability
 from components.evaluation.plots import curves, plane, told_apart
+from components.evidence import Evaluated
 
 Metrics = Mapping[str, float]
 Change = tuple[float, float, float]
@@ -21,7 +22,6 @@ Change = tuple[float, float, float]
 
 HEADLINE = ("forget_quality", "model_utility")
 SHOWN = ("_probability", "_rouge", "_exact_match", "_truth_ratio", "mia_min_k", "privleak")  # in a terminal
-_GATE_HEAD = ("metric", "value", "condition", "bound", "outcome")
 NOTE = (
     "Unlearning lowers the measured probability of the forget answers. It does not prove that every trace is gone: "
     "other phrasings, further training or access to the weights may bring parts of them back."
@@ -68,6 +68,16 @@ def change_text(change: Change | None) -> str:
     return f"{sign}{number(value)} [{number(low)}, {number(high)}]" + "*" * ((low > 0 or high < 0) and low < high)
 
 
+def metrics_columns(models: Mapping[str, Evaluated]) -> dict[str, Any]:
+    """All metrics as MLflow's tables have them: column names, and rows."""
+    columns = ["metric", "good", *(f"{name}{part}" for name in models for part in ("", " low", " high"))]
+    rows = []
+    for metric in metric_names({name: found.values for name, found in models.items()}):
+        cells = [[found.values.get(metric), *found.intervals.get(metric, (None, None))] for found in models.values()]
+        rows.append([metric, arrow(metric), *(cell for model in cells for cell in model)])
+    return {"columns": columns, "data": rows}
+
+
 def metric_names(models: Mapping[str, Metrics]) -> list[str]:
     """Every metric that some model has, the headline ones first."""
     names = dict.fromkeys(name for metrics in models.values() for name in metrics)
@@ -103,7 +113,9 @@ def write_report(
     records: Mapping[str, pa.Table], lines: Sequence[Mapping[str, Any]], shown: Mapping[str, Sequence[Sample]],
     gates: Sequence[Sequence[str]],
 ) -> None:  # fmt: skip
-    """One HTML file without outside references."""
+    """One HTML file without outside references, and its plots beside it in `figures`; `gates` with their header."""
+    into = file.with_name("figures")
+    into.mkdir(exist_ok=True)
     values = {name: evaluated.values for name, evaluated in models.items()}
     missing = {metric: why for evaluated in models.values() for metric, why in evaluated.missing.items()}
     both = {"original", "unlearned"} <= {*models}
@@ -112,12 +124,12 @@ def write_report(
     sections = [
         f"<h1>{html.escape(title)}</h1>",
         _table([("", *models)], [[n, *(number(m.get(n)) for m in values.values())] for n in headline], "numbers"),
-        "<h2>Gates</h2>" + _table([("metric", "value", "condition", "bound", "outcome")], gates, "numbers")
-        if gates
+        "<h2>Gates</h2>" + _table(gates[:1], gates[1:], "numbers") if gates else "",
+        f"<h2>Forgetting against utility</h2>{_figures(plane(values), into)}",
+        f"<h2>Can it be told that something was forgotten?</h2>{_figures(told_apart(records), into)}"
+        if records
         else "",
-        f"<h2>Forgetting against utility</h2>{_figures(plane(values))}",
-        f"<h2>Can it be told that something was forgotten?</h2>{_figures(told_apart(records))}" if records else "",
-        f"<h2>Course of training</h2>{_figures(curves(lines))}" if lines else "",
+        f"<h2>Course of training</h2>{_figures(curves(lines), into)}" if lines else "",
         "<h2>Answers before and after</h2><p>Forget: the most changed and, last, the least changed; other sets: those "
         "whose right answer became least likely.</p>",
         *(
@@ -173,13 +185,16 @@ def _metric_row(name: str, models: Mapping[str, Evaluated], changes: Mapping[str
     return [name, arrow(name), *cells, *([change_text(changes.get(name))] if changes else [])]
 
 
-def _figures(figures: Sequence[Any]) -> str:
-    """Images that stand side by side where there is room."""
+def _figures(figures: Sequence[Any], into: Path) -> str:
+    """Images that stand side by side where there is room, also written as files named after what they show."""
     images = []
     for figure in figures:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-        images.append(f'<img alt="plot" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
+        shows = figure.axes[0].get_ylabel().partition(" (")[0]
+        (into / f"{shows.replace(' ', '_')}.png").write_bytes(buffer.getvalue())
+        coded = base64.b64encode(buffer.getvalue()).decode()
+        images.append(f'<img alt="{html.escape(shows)}" src="data:image/png;base64,{coded}">')
     return f'<div class="plots">{"".join(images)}</div>'
 
 

@@ -1,111 +1,162 @@
-"""A model folder in MLflow's registry, and the aliases `candidate` and `champion`."""
+"""Model folders in MLflow's registry: uploaded as they are, found again, and fetched only if they are unaltered."""
 
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from components.errors import TrackingError
-from components.files import sha256, whole_folder
+from components.files import whole_folder
+from components.tracking.client import MISSING, addressed, long_requests
+from components.tracking.manifest import NAME, check_folder, manifest_digest, manifest_of
+
+
+def candidates(name: str) -> str:
+    """The registered model whose versions are the candidates for `name`: who trains need not have rights on that."""
+    return f"{name}-candidates"
 
 
 def register(
-    client: Any, run_id: str, folder: Path, name: str, metrics: Mapping[str, float], step: int, tags: Mapping[str, str]
-) -> str:
-    """Upload `folder` as a logged model, make it a version of `name` with alias `candidate`. Returns the version.
+    client: Any, run_id: str, folder: Path, name: str, tags: Mapping[str, str], *, step: int, trained_at: str,
+    description: str = "",
+) -> str:  # fmt: skip
+    """Make `folder` a version of the candidates for `name`, with the alias `candidate`. Returns the version.
 
-    A run has one version: what is there already of an attempt that was cut short is used. The folder is uploaded as it
-    is, without loading the model (MLflow's transformers flavour cannot with our transformers version); each weight
-    file's sha256 is a tag.
+    A run has one version: what is there already of an attempt that was cut short is used. The alias stays with a
+    version that was trained later, as when this one could not be sent in time.
     """
     from mlflow.exceptions import MlflowException
 
-    found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    model = candidates(name)
+    found = client.search_model_versions(f"name = '{model}' and run_id = '{run_id}'")
     if found:
-        version = found[0].version
+        version = found[0]
     else:
-        digests = {f"sha256.{file.name}": sha256(file) for file in sorted(folder.glob("*.safetensors"))}
-        model_id = _upload(client, run_id, folder, step, {**digests, **tags})
         try:
-            client.get_registered_model(name)
+            client.get_registered_model(model)
         except MlflowException:
-            client.create_registered_model(name)
-        shown = {f"eval.{key}": f"{value:.6g}" for key, value in metrics.items()}
-        version = client.create_model_version(
-            name, source=f"models:/{model_id}", run_id=run_id, model_id=model_id, tags={**digests, **tags, **shown},
-        ).version  # fmt: skip
-    client.set_registered_model_alias(name, "candidate", version)
-    return str(version)
+            client.create_registered_model(model)
+        version = add_version(client, run_id, folder, model, {**tags, "trained_at": trained_at}, step, description)
+    try:
+        newest = client.get_model_version_by_alias(model, "candidate").tags.get("trained_at", "")
+    except MlflowException as error:
+        _only_missing(error)
+        newest = ""
+    if trained_at >= newest:
+        client.set_registered_model_alias(model, "candidate", version.version)
+    return str(version.version)
 
 
-def _upload(client: Any, run_id: str, folder: Path, step: int, tags: Mapping[str, str]) -> str:
-    """The id of the run's logged model, uploaded unless it is there whole."""
+def add_version(
+    client: Any, run_id: str, folder: Path, name: str, tags: Mapping[str, str], step: int, description: str
+) -> Any:
+    """Upload `folder`, with its manifest, and make it a new version of `name`, made by the run `run_id`."""
     from mlflow.entities import LoggedModelOutput
 
+    manifest = manifest_of(folder)
+    tags = {"manifest": manifest_digest(manifest), **tags}
     experiment = client.get_run(run_id).info.experiment_id
-    begun = client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'")
+    same = f"source_run_id = '{run_id}' AND tags.manifest = '{tags['manifest']}'"
+    begun = client.search_logged_models([experiment], filter_string=same)
     model = begun[0] if begun else client.create_logged_model(
         experiment, name=folder.parent.name.replace(".", "-"), source_run_id=run_id, model_type="hf-folder",
         tags=dict(tags),
     )  # fmt: skip
     if model.status != "READY":
-        client.log_model_artifacts(model.model_id, str(folder))
+        with long_requests(), tempfile.TemporaryDirectory() as scratch:
+            (Path(scratch) / NAME).write_text(manifest)
+            client.log_model_artifacts(model.model_id, str(folder))
+            client.log_model_artifact(model.model_id, str(Path(scratch) / NAME))
         client.finalize_logged_model(model.model_id, "READY")
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=step)])
-    return model.model_id
+    with addressed(client):  # the registry looks the logged model up
+        return client.create_model_version(
+            name, source=f"models:/{model.model_id}", run_id=run_id, model_id=model.model_id, tags=dict(tags),
+            description=description[:5000] or None,
+        )  # fmt: skip
 
 
-def set_champion(client: Any, name: str, version: str) -> None:
-    """Point the alias `champion` at `version`."""
-    client.set_registered_model_alias(name, "champion", version)
-
-
-def candidate(client: Any, name: str) -> Any:
-    """The model version with alias `candidate`.
+def candidate(client: Any, name: str, number: str | None = None) -> Any:
+    """The candidate version with that number, else the one with the alias `candidate`.
 
     Raises:
-        TrackingError: when the model or the alias does not exist.
+        TrackingError: when there is none.
     """
     from mlflow.exceptions import MlflowException
 
+    model = candidates(name)
     try:
-        return client.get_model_version_by_alias(name, "candidate")
+        return client.get_model_version(model, number) if number else client.get_model_version_by_alias(
+            model, "candidate"
+        )  # fmt: skip
     except MlflowException as error:
+        _only_missing(error)
         raise TrackingError(
-            f"No candidate is registered (model={name}). Expected a version with the alias 'candidate'. "
-            "Run pipelines/unlearn.py with this recipe first; with if_exists=new where the run finished under other "
-            "tracking settings."
+            f"No candidate is registered (model={model}, version={number or '@candidate'}). Expected a version that "
+            "pipelines/unlearn.py registered. Run it with this recipe first; with if_exists=new where the run finished "
+            "under other tracking settings."
         ) from error
 
 
-def fetch(client: Any, uri: str, place: Path) -> Path:
-    """The folder of `models:/<name>@<alias>` or `models:/<name>/<version>`, copied to `place` once.
+def find(client: Any, uri: str) -> Any:
+    """The model version of `models:/<name>@<alias>` or `models:/<name>/<version>`.
 
     Raises:
-        TrackingError: when there is no such version, or its weights are not those that were registered.
+        TrackingError: when there is no such version.
     """
-    import mlflow
     from mlflow.exceptions import MlflowException
 
     name, at, alias = uri.removeprefix("models:/").partition("@")
     try:
         if at:
-            version = client.get_model_version_by_alias(name, alias)
-        else:
-            name, _, number = name.rpartition("/")
-            version = client.get_model_version(name, number)
+            return client.get_model_version_by_alias(name, alias)
+        name, _, number = name.rpartition("/")
+        return client.get_model_version(name, number)
     except MlflowException as error:
         raise TrackingError(
             f"Model is not registered (model={uri}): {str(error)[:200]}. Expected models:/<name>@<alias> or "
             "models:/<name>/<version>."
         ) from error
-    folder = place / f"{name}-{version.version}"
-    if not folder.exists():
-        with whole_folder(folder) as partial:
-            mlflow.artifacts.download_artifacts(f"models:/{name}/{version.version}", dst_path=str(partial))
-            for file in partial.glob("*.safetensors"):
-                if version.tags.get(f"sha256.{file.name}", "") != sha256(file):
-                    raise TrackingError(
-                        f"Registered model was altered (model={uri}, file={file.name}). Expected the sha256 in its "
-                        "tags. Do not use it; promote another version."
-                    )
+
+
+def fetch(client: Any, version: Any, place: Path, *, again: bool = False) -> Path:
+    """The folder of a model version, copied to `place` once and looked at file by file; `again`: not kept, only seen.
+
+    Raises:
+        TrackingError: when it is gone, or is not what was registered.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    model = f"models:/{version.name}/{version.version}"
+    digest = version.tags.get("manifest", "")
+    folder = place / f"{version.name}-{version.version}-{digest[:12]}"
+    if again:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place) as scratch:
+            fetch(client, version, Path(scratch))
+        return folder
+    if folder.exists():
+        if manifest_digest(manifest_of(folder)) == digest:
+            return folder
+        shutil.rmtree(folder)  # not what it was when it was fetched
+    with whole_folder(folder) as partial:
+        try:
+            with long_requests(), addressed(client):
+                mlflow.artifacts.download_artifacts(version.source, dst_path=str(partial))
+            manifest = (partial / NAME).read_text()
+        except (MlflowException, OSError) as error:
+            raise TrackingError(
+                f"Registered model cannot be fetched (model={model}): {str(error)[:200]}. Expected its files and "
+                f"{NAME} in the artifact store. Roll back, or promote another version."
+            ) from error
+        check_folder(partial, manifest, digest, model)
+        (partial / NAME).unlink()
     return folder
+
+
+def _only_missing(error: Any) -> None:
+    """Let every other refusal through as it is."""
+    if error.error_code not in MISSING:
+        raise error

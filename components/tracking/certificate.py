@@ -1,0 +1,138 @@
+"""What is certified of a champion that answers deletion requests: for a file and for people, without forgotten text."""
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from components.console import number
+
+_TITLES = {"original": "before", "unlearned": "after", "retain-only": "never trained on it"}
+_METRICS = {
+    "probability": "probability of the right answer",
+    "rouge": "overlap of the model's answer with the right one (ROUGE-L)",
+    "exact_match": "answers given word for word",
+    "extraction_strength": "share of an answer that its beginning brings back",
+}
+NOT_GUARANTEED = (
+    "The figures show how the model answers the questions that were asked. They do not prove that no trace is left in "
+    "its parameters: other wordings, further training on similar text, or access to the weights may bring parts back. "
+    "Copies of the earlier model, and of the records themselves in other systems, are not touched by unlearning. Row "
+    "hashes are short digests of prompt and answer; whoever holds a record can tell whether it is meant."
+)
+
+
+def certificate_of(
+    name: str, entry: Mapping[str, Any], gates: Mapping[str, Any] | None, requests: Mapping[str, Any],
+    purged: Mapping[str, Any] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The record of a promotion: each request with its rows and figures, the model before and after, and the gates."""
+    return {
+        "model": name,
+        "version": entry["version"],
+        "replaces": entry["replaces"],
+        "promoted": {
+            "time": entry["time"], "by": entry["actor"], "reason": entry["reason"], "ledger_entry": entry["seq"]
+        },
+        "files_sha256": entry["manifest"],
+        "trained_by_run": entry["run"],
+        "models": requests["models"],
+        "requests_file_sha256": requests["file"],
+        "requests": requests["requests"],
+        "gates": gates["gates"] if gates else [],
+        "gates_sha256": entry["gates"],
+        "purged": purged,
+        "not_guaranteed": NOT_GUARANTEED,
+    }  # fmt: skip
+
+
+def certificate_page(about: Mapping[str, Any]) -> str:
+    """The certificate as one HTML page to read and to print."""
+    promoted = about["promoted"]
+    replaced = f", in place of version {about['replaces']}" if about["replaces"] else ""
+    blocks = [
+        f"<h1>Certificate of unlearning: {html.escape(about['model'])}, version {about['version']}</h1>",
+        f"<p>On {promoted['time']} {html.escape(promoted['by'])} made version {about['version']} of the model "
+        f"“{html.escape(about['model'])}” the one in use{replaced}. It was trained to forget the records that the "
+        "requests below name.</p>",
+        f"<p>Reason given: {html.escape(promoted['reason'])}</p>" if promoted["reason"] else "",
+        *(_request(request) for request in about["requests"]),
+        "<h2>Conditions that the model had to meet</h2>",
+        _table(
+            ["measure", "value", "condition", "bound", "met"],
+            [
+                [g["metric"], number(g["value"]), g["condition"], number(g["bound"]), "yes" if g["passed"] else "no"]
+                for g in about["gates"]
+            ],
+        ),
+        "<h2>What was removed besides</h2>" + _purged(about["purged"]),
+        f"<h2>What this does not guarantee</h2><p>{about['not_guaranteed']}</p>",
+        "<h2>Digests</h2>",
+        _table(
+            [],
+            [
+                ["files of this version, sha256 of their list", about["files_sha256"]],
+                *([f"model {_TITLES.get(name, name)}", digest] for name, digest in about["models"].items()),
+                ["requests, sha256 of the file", about["requests_file_sha256"]],
+                ["conditions, sha256 of the record", about["gates_sha256"]],
+                ["ledger entry", str(promoted["ledger_entry"])],
+                ["training run", about["trained_by_run"]],
+            ],
+        ),
+    ]
+    title = f"{about['model']} {about['version']}"
+    return _PAGE.format(title=html.escape(title), body="\n".join(block for block in blocks if block))
+
+
+def _request(request: Mapping[str, Any]) -> str:
+    models = [name for name in _TITLES if name in request["metrics"]]
+    figures = [
+        [told, *(number(request["metrics"][model].get(metric)) for model in models)]
+        for metric, told in _METRICS.items()
+        if any(metric in request["metrics"][model] for model in models)
+    ]
+    count, asked = len(request["rows"]), len(request["asked_rows"])
+    measured = (
+        f"<p>Measured on {asked} questions about them:</p>" + _table(["", *(_TITLES[m] for m in models)], figures)
+        if figures
+        else "<p>No question about them was asked.</p>"
+    )
+    head = f"<h2>Request {html.escape(request['request_id'])}</h2>"
+    basis = f", {html.escape(request['legal_basis'])}" if request["legal_basis"] else ""
+    received = f"<p>Received {html.escape(request['received'])}{basis}.</p>"
+    if not count:
+        return f"{head}{received}<p><strong>No record was found that this request names.</strong></p>"
+    hashes = f"<details><summary>Their hashes</summary><p>{', '.join(request['rows'])}</p></details>"
+    return f"{head}{received}<p>{count} records were unlearned.</p>{measured}{hashes}"
+
+
+def _purged(purged: Mapping[str, Any] | None) -> str:
+    if purged is None:
+        return "<p>Nothing: removing what training left behind was not asked for.</p>"
+    kinds = (("Removed", purged["removed"]), ("Not removed", purged["left"]))
+    return "".join(
+        f"<p>{told}:</p><ul>{''.join(f'<li>{html.escape(item)}</li>' for item in items)}</ul>"
+        for told, items in kinds
+        if items
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def cells(row: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+
+    return f"<table>{cells(head, 'th') if head else ''}{''.join(cells(row, 'td') for row in rows)}</table>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.55 Georgia, serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.4rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
+th, td {{ padding: .25rem .7rem; border-bottom: 1px solid #8884; text-align: left; overflow-wrap: anywhere; }}
+td + td {{ font-variant-numeric: tabular-nums; }}
+</style></head><body>
+{body}
+</body></html>
+"""

@@ -1,0 +1,93 @@
+"""MLflow clients, and what is asked of a server in the same way everywhere."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from components.errors import TrackingError
+
+MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias that is not there
+
+
+def make_client(uri: str) -> Any:
+    """An MLflow client for `uri`.
+
+    Raises:
+        TrackingError: when the server or database does not answer.
+    """
+    logging.getLogger("alembic").setLevel(logging.ERROR)  # a new database reports each of its tables
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        client.search_experiments(max_results=1)
+    except MlflowException as error:
+        raise TrackingError(
+            f"MLflow does not answer (tracking.uri={shown_uri(uri)}): {str(error)[:200]}. Expected a running server or "
+            "a database file. Start it, check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where it asks for "
+            "them, or leave tracking.uri out to use a file in the storage folder."
+        ) from error
+    return client
+
+
+def shown_uri(uri: str) -> str:
+    """The URI as it may stand in logs, without a password."""
+    parts = urlsplit(uri)
+    if not parts.password:
+        return uri
+    return urlunsplit(parts._replace(netloc=f"{parts.username}:***@{parts.netloc.rpartition('@')[2]}"))
+
+
+def experiment_id(client: Any, name: str, storage: Path) -> str:
+    """The experiment's id; it is made where there is none. Beside a database file, artifacts go into `storage`."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found:
+        return found.experiment_id
+    # A server decides itself where artifacts go; beside a database file they go beside it.
+    location = str(storage / "mlflow-artifacts") if client.tracking_uri.startswith("sqlite") else None
+    try:
+        return client.create_experiment(name, artifact_location=location)
+    except MlflowException:  # another process was first
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return found.experiment_id
+
+
+@contextmanager
+def addressed(client: Any) -> Iterator[None]:
+    """Inside, MLflow's parts that ask no client in particular ask this one's server."""
+    import mlflow
+
+    name = "MLFLOW_TRACKING_URI"
+    before = os.environ.get(name)
+    mlflow.set_tracking_uri(client.tracking_uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+        if before is not None:
+            os.environ[name] = before
+
+
+@contextmanager
+def long_requests() -> Iterator[None]:
+    """A server may take long to store a large file before it answers."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ.get(name)
+    os.environ[name] = "300"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,77 @@
+"""Champions: versions that the ledger names, with bytes of their own, copied from candidates and checked when used."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from components.errors import TrackingError
+from components.tracking.ledger import Entry, Ledger, open_ledger
+from components.tracking.registry import add_version, fetch, find
+
+COPIED = ("fingerprint", "objective", "optimizer", "recipe", "config_hash", "original_model", "trained_at")
+
+
+def copy_in(ledger: Ledger, candidate: Any, folder: Path, description: str) -> str:
+    """Make a candidate's `folder` a version of the ledger's model, with files of its own. Returns the version.
+
+    The files belong to the ledger's run, so that who may only train cannot touch them. A copy that is there already,
+    as of a promotion that was cut short, is taken.
+    """
+    source = f"{candidate.name}/{candidate.version}"
+    for version in ledger.client.search_model_versions(f"name = '{ledger.name}'"):
+        if (version.tags.get("candidate"), version.tags.get("manifest")) == (source, candidate.tags["manifest"]):
+            return str(version.version)
+    kept = {key: text for key, text in candidate.tags.items() if key in COPIED or key.startswith(("data.", "eval."))}
+    tags = {**kept, "candidate": source, "trained_by": candidate.run_id}
+    return str(add_version(ledger.client, ledger.run_id, folder, ledger.name, tags, 0, description).version)
+
+
+def fetch_registered(client: Any, uri: str, place: Path, storage: Path) -> Path:
+    """The folder of `models:/…`, checked against its manifest, and a champion's against the ledger.
+
+    Raises:
+        TrackingError: when it was altered, or the alias `champion` is not where the ledger says.
+    """
+    version = find(client, uri)
+    if not client.get_registered_model(version.name).tags.get("ledger_run"):
+        return fetch(client, version, place)
+    entries = open_ledger(client, version.name, storage).entries()
+    if uri.endswith("@champion") and entries and entries[-1].version != str(version.version):
+        raise TrackingError(
+            f"Alias is not where the ledger says (model={uri}, version={version.version}, "
+            f"ledger={entries[-1].version}). Expected the same. Run pipelines/promote.py RECIPE verify --repair."
+        )
+    check_tag(version, entries)
+    return fetch(client, version, place)
+
+
+def check_tag(version: Any, entries: list[Entry]) -> None:
+    """Refuse a version whose recorded manifest is not the one in the ledger.
+
+    Raises:
+        TrackingError: naming both.
+    """
+    told = {entry.version: entry.manifest for entry in entries}
+    digest = told.get(str(version.version))
+    if digest and version.tags.get("manifest") != digest:
+        raise TrackingError(
+            f"Registered model was altered (model=models:/{version.name}/{version.version}): its tag manifest is "
+            f"{version.tags.get('manifest')}, in the ledger {digest}. Expected the same. Do not use it."
+        )
+
+
+def sound(ledger: Ledger, place: Path) -> Mapping[str, str]:
+    """What is wrong with each version that the ledger names, by version; empty where all is well.
+
+    Each is fetched anew, so that what is looked at are the stored bytes.
+    """
+    entries = ledger.entries()
+    found = {}
+    for number in dict.fromkeys(entry.version for entry in entries):
+        try:
+            version = find(ledger.client, f"models:/{ledger.name}/{number}")
+            check_tag(version, entries)
+            fetch(ledger.client, version, place, again=True)
+        except TrackingError as error:
+            found[number] = str(error)
+    return found

@@ -1,0 +1,132 @@
+"""The models before and after: asked the same questions, judged by the gates that can be judged now."""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from components.config import Recipe, config_hash
+from components.console import duration
+from components.data.locations import content_digest
+from components.data.prepare import Prepared
+from components.data.requests import read_requests
+from components.data.rows import PreparedRows
+from components.evaluation.by_request import by_request
+from components.evaluation.evaluate import Reference
+from components.evaluation.report import Sample, telling_samples
+from components.evidence import Evaluated, Evidence
+from components.files import read_lines, write_whole
+from components.models import fingerprint
+from components.tracking.gates import CANDIDATE, judge
+from pipelines.cli import say
+from pipelines.environment import versions
+from pipelines.evaluate import (
+    check_same_tokens,
+    evaluate_model,
+    prepare_questions,
+    retain_reference,
+    score_model,
+    score_models,
+)
+from pipelines.evidence import evidence_of
+from pipelines.finetune import Model
+from pipelines.outcome import Outcome, empty_answers
+from pipelines.prepare import Streams, notes, set_aside
+
+_MODELS = ("original", CANDIDATE, "retain-only")
+
+
+class Before(NamedTuple):
+    """What is known of the models before training."""
+
+    models: dict[str, Model]
+    """Original and, where there is one, retain-only."""
+    questions: dict[str, Prepared]
+    """By question set."""
+    records: dict[str, pa.Table]
+    """By model: original and retain-only, as far as there are any."""
+    reference: Reference | None
+    """Of the retain-only model."""
+    evaluated: dict[str, Evaluated]
+    """By model."""
+
+
+def evaluate_before(recipe: Recipe, original: Model, retain_only: Model | None) -> Before:
+    """Score the original and the retain-only model on the recipe's questions."""
+    questions = prepare_questions(recipe, original)
+    models = {"original": original, **({"retain-only": retain_only} if retain_only else {})}
+    check_same_tokens(list(models.values()))
+    records = score_models(recipe, models if questions else {}, questions)
+    reference = retain_reference(recipe, records.get("retain-only"))
+    evaluated = {name: evaluate_model(recipe, models[name], table, reference) for name, table in records.items()}
+    if evaluated:
+        say("baseline     " + ", ".join(_headline(name, found.values) for name, found in evaluated.items()))
+    return Before(models, questions, records, reference, evaluated)
+
+
+def evaluate_after(
+    recipe: Recipe, folder: Path, streams: Streams, before: Before, trained: Mapping[str, Any]
+) -> tuple[Outcome, Evidence]:
+    """Evaluate what was trained; (everything for reports, what promotion will judge by)."""
+    model, original = Model(folder / "model", fingerprint(folder / "model")), before.models["original"]
+    samples: dict[str, list[Sample]] = {}
+    records, evaluated = dict(before.records), dict(before.evaluated)
+    if before.questions:
+        after = records[CANDIDATE] = score_model(recipe, model, before.questions, records["original"])
+        evaluated[CANDIDATE] = evaluate_model(recipe, model, after, before.reference)
+        samples = {name: telling_samples(records["original"], after, name) for name in before.questions}
+    models = {**before.models, CANDIDATE: model}
+    evidence = evidence_of(models, evaluated, before.questions, None)
+    now = [gate for gate in recipe.gates if not gate.suite and gate.of != "champion"]
+    happened = [event["text"] for event in read_lines(folder / "events.jsonl")]
+    outcome = Outcome(
+        recipe=recipe,
+        folder=folder,
+        evaluated={name: evaluated[name] for name in _MODELS if name in evaluated},
+        records={name: records[name] for name in _MODELS if name in records},
+        samples=samples,
+        gates=judge(now, {None: evidence} if evaluated else {}, model.hash),
+        facts={
+            "command": shlex.join(["python", *sys.argv]),
+            "recipe": f"{recipe.name}, config hash {config_hash(recipe)}, seed {recipe.seed}",
+            "original model": f"{original.folder.name}, fingerprint {original.hash}",
+            "data": "; ".join(f"{n} {p.good} rows, digest {p.digest}" for n, p in streams.sets().items()),
+            "set aside": "; ".join([*notes(streams), *set_aside(before.questions)]) or "none",
+            "training": f"{trained['steps']} steps in {duration(trained['seconds'])} on {trained['world']} worker(s)",
+            "interruptions": "; ".join(happened) or "none",
+            "empty answers": empty_answers(records),
+            "versions": versions(),
+        },
+    )
+    if recipe.data.requests and streams.forget:
+        _write_requests(recipe, folder, models, streams.forget, before.questions.get("forget"), records)
+    return outcome, evidence
+
+
+def _write_requests(
+    recipe: Recipe, folder: Path, models: Mapping[str, Model], forget: Prepared, asked: Prepared | None,
+    records: Mapping[str, pa.Table],
+) -> None:  # fmt: skip
+    """What became of each deletion request, for the certificate of whoever promotes the model."""
+    path = str(recipe.data.requests)
+    found = by_request(
+        read_requests(path), PreparedRows(forget.folder).table(),
+        PreparedRows(asked.folder).table() if asked else None, records,
+    )  # fmt: skip
+    for request in found:
+        if not request["rows"]:
+            say(f"  no record is named by request {request['request_id']}")
+    about = {
+        "file": content_digest(path, folder), "models": {name: model.hash for name, model in models.items()},
+        "requests": found,
+    }  # fmt: skip
+    write_whole(folder / "requests.json", json.dumps(about, indent=2, ensure_ascii=False))
+
+
+def _headline(name: str, metrics: dict[str, float]) -> str:
+    shown = [key for key in ("forget_probability", "model_utility") if key in metrics]
+    return f"{name}: " + " ".join(f"{key} {metrics[key]:.3f}" for key in shown)

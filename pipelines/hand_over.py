@@ -1,0 +1,68 @@
+"""What MLflow is told of a run: what it is made from, what came of it, and its model as a candidate."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from components.config import PoolSource, Recipe, config_hash, objective_name, registered_name
+from components.data.prepare import Prepared
+from components.data.sources import source_files
+from components.evidence import Evidence
+from components.files import writing
+from components.tracking.gates import CANDIDATE
+from components.tracking.run import Input, put_metrics
+from components.tracking.spool import Spool
+from pipelines.evidence import put_evidence
+from pipelines.finetune import Model
+from pipelines.outcome import Outcome, description, write_files
+from pipelines.prepare import Streams
+
+
+def run_tags(recipe: Recipe, original: Model, streams: Streams) -> dict[str, str]:
+    """What runs and model versions are found by."""
+    return {
+        "stage": "unlearn",
+        "objective": objective_name(recipe),
+        "optimizer": recipe.optimizer.type,
+        "recipe": recipe.name,
+        "config_hash": config_hash(recipe),
+        "original_model": original.hash,
+        **{f"data.{name}": prepared.digest for name, prepared in streams.sets().items()},
+    }
+
+
+def inputs(recipe: Recipe, streams: Streams, questions: Mapping[str, Prepared]) -> list[Input]:
+    """The data sets that a run is made from and measured on."""
+    trained: dict[str, Sequence[PoolSource]] = {
+        "forget": recipe.data.forget, "normal": recipe.data.normal, "random": recipe.data.random
+    }  # fmt: skip
+    found = [(name, prepared, trained[name]) for name, prepared in streams.sets().items()]
+    found += [(f"{name} questions", asked, recipe.evaluation.sets[name].rows) for name, asked in questions.items()]
+    return [
+        Input(name, prepared.digest, prepared.good, [file for source in sources for file in source_files(source)])
+        for name, prepared, sources in found
+    ]
+
+
+def hand_over(
+    spool: Spool, outcome: Outcome, evidence: Evidence, tags: Mapping[str, str], trained: Mapping[str, Any]
+) -> None:
+    """Write report and evidence, and have them and the model registered."""
+    folder, steps = outcome.folder, trained["steps"]
+    with writing("Report", folder):
+        write_files(outcome)
+    put_evidence(spool, folder, evidence)
+    unlearned = outcome.metrics.get(CANDIDATE, {})
+    put_metrics(spool, "eval", unlearned, step=steps)
+    put_metrics(spool, "retain_only", outcome.metrics.get("retain-only", {}), step=0)
+    for name in ("report.html", "events.jsonl", "requests.json", "figures", "eval"):
+        if (folder / name).exists():
+            spool.put("artifact", path=str(folder / name), into=name if (folder / name).is_dir() else None)
+    told = description(outcome)
+    tables = [{"path": "eval/metrics_table.json", "type": "table"}]
+    spool.put("tags", tags={"mlflow.note.content": told, "mlflow.loggedArtifacts": json.dumps(tables)})
+    shown = {f"eval.{name}": f"{value:.6g}" for name, value in unlearned.items()}
+    spool.put(
+        "model", folder=str(folder / "model"), name=registered_name(outcome.recipe), step=steps,
+        tags={**tags, **shown, "fingerprint": evidence.models[CANDIDATE]}, description=told, trained_at=trained["at"],
+    )  # fmt: skip
