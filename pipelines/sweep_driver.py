@@ -182,7 +182,7 @@ def make_driver(sweep: Sweep, count: int, table: Table, log: Any) -> Driver:
             table.reports(found, result["step"])
             log.reports(found)
 
-    return Driver(Search(), _scheduler(sweep), Watch())
+    return Driver(Search(), make_scheduler(sweep), Watch())
 
 
 def _why(error: BaseException | None) -> str:
@@ -201,7 +201,7 @@ class _Ended:
         self.trial_id = trial_id
 
 
-def _scheduler(sweep: Sweep) -> Any:
+def make_scheduler(sweep: Sweep) -> Any:
     """Ray Tune's, told of what trials that ended before reported."""
     from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule
 

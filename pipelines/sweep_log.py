@@ -40,6 +40,11 @@ class Log:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if error[0] is not None:
+            status = "KILLED" if isinstance(error[1], KeyboardInterrupt) else "FAILED"
+            for spool in [self.parent, *self.spools.values()]:
+                if not _has_ended(spool):
+                    spool.put("end", status=status)
         self.done.set()
         self.thread.join()
         deadline = time.monotonic() + _LIMIT
@@ -58,7 +63,7 @@ class Log:
 
     def begin(self, space: Space) -> None:
         """The sweep's own run."""
-        if any(entry["kind"] == "run" for entry in self.parent.entries()):
+        if _again(self.parent):
             return
         params = {f"space.{path}": f"{about.kind} {about.values}"[:500] for path, about in space.space.items()}
         params |= {f"goal_{i + 1}": goal_name(space, i)[:500] for i in range(len(space.goals))}
@@ -70,7 +75,7 @@ class Log:
     def begins(self, trial: Trial) -> None:
         """A trial's run, below the sweep's."""
         spool = self._spool(trial)
-        if any(entry["kind"] == "run" for entry in spool.entries()):
+        if _again(spool):
             return
         recipe = recipe_of(self.recipe, trial.params)
         settings = leaves(recipe.model_dump(mode="json", exclude_none=True))
@@ -136,3 +141,17 @@ class Log:
             "run", experiment=self.recipe.tracking.experiment, storage=str(self.storage), name=name,
             tags={**tags, "run_folder": str(folder)}, params=params,
         )  # fmt: skip
+
+
+def _has_ended(spool: Spool) -> bool:
+    """Whether what was put last of a run is that it ended."""
+    kinds = [entry["kind"] for entry in spool.entries() if entry["kind"] in ("run", "attempt", "end")]
+    return not kinds or kinds[-1] == "end"
+
+
+def _again(spool: Spool) -> bool:
+    """Put one more attempt at a run that was put down before. Returns whether it was."""
+    kinds = [entry["kind"] for entry in spool.entries()]
+    if "run" in kinds:
+        spool.put("attempt", attempt=1 + kinds.count("run") + kinds.count("attempt"))
+    return "run" in kinds

@@ -1,6 +1,7 @@
 """What is seen of a sweep while it goes on: a table in place on a terminal, single lines elsewhere."""
 
 import json
+import shutil
 import sys
 import time
 from typing import Any
@@ -79,11 +80,13 @@ class Table:
         if not self.live or not (last or time.monotonic() - self.drawn_at > _EVERY):
             return
         header = ["trial", "state", *self.names.values(), "step", "forget", "normal", "value", "time"]
-        text = table(header, [self.rows[key] for key in sorted(self.rows)])
+        width, height = shutil.get_terminal_size()
+        head, line, *rows = table(header, [self.rows[key] for key in sorted(self.rows)]).splitlines()
+        lines = [text[: width - 1] for text in (head, line, *rows[-max(1, height - 4) :])]  # no line is to be wrapped
         up = f"\x1b[{self.drawn}F\x1b[J" if self.drawn else ""
-        sys.stdout.write(f"{up}{text}\n")
+        sys.stdout.write(up + "\n".join(lines) + "\n")
         sys.stdout.flush()
-        self.drawn, self.drawn_at = text.count("\n") + 1, time.monotonic()
+        self.drawn, self.drawn_at = len(lines), time.monotonic()
 
 
 def short_names(paths: list[str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ import yaml
 from components.config import AdamW, Data, Soul, config_hash, run_name
 from components.errors import ConfigError
 from components.load_config import load_recipe, merge, parse_override
+from pipelines import tune
 from pipelines.cli import parse_arguments
 from pipelines.compare import cells_of
 from pipelines.compare import main as compare
@@ -151,7 +152,10 @@ def test_the_readmes_commands_are_accepted() -> None:
         assert (ROOT / pipeline).exists()
         given = [str(ROOT / argument) if argument.endswith(".yaml") else argument for argument in arguments]
         chosen = [argument for argument in given if ".yaml" in argument or "=" in argument]
-        assert parse_arguments(chosen, takes_words="evaluate" in pipeline).recipe
+        parsed = (
+            tune.parse(chosen) if "tune" in pipeline else parse_arguments(chosen, takes_words="evaluate" in pipeline)
+        )
+        assert parsed.recipe
 
 
 @pytest.mark.parametrize(

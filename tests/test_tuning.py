@@ -16,12 +16,14 @@ import yaml
 
 from components.config.tuning import Space
 from components.errors import ConfigError
+from components.files import append_line
 from components.load_config import checked, load_recipe
 from components.tuning import expressions, pareto
 from components.tuning.search import importances, next_point
 from components.tuning.spaces import choose, corner_points, grid_points, load_sweep, own_point, recipe_of, sweep_name
-from components.tuning.trials import Trial, begin_trial, end_trial, read_trials, trials_csv
-from pipelines.sweep_table import short_names
+from components.tuning.trials import Sweep, Trial, begin_trial, end_trial, read_trials, trials_csv
+from pipelines.sweep_driver import make_scheduler
+from pipelines.sweep_table import Table, short_names
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "pipelines" / "recipes" / "demo.yaml"
@@ -334,3 +336,61 @@ def test_choose_follows_the_order_of_the_space() -> None:
     space = space_of(space={"a": {"choice": [1]}, "b": {"choice": [2], "when": {"a": 1}}})
     assert choose(space, {}, lambda path, searched: searched.values[0]) == {"a": 1, "b": 2}
     assert choose(space, {}, lambda path, searched: 5) == {"a": 5}
+
+
+# --- while it goes on -------------------------------------------------------------------------------------------------
+
+
+def reported(sweep: Sweep, number: int, values: dict[int, float], state: Any) -> Any:
+    """A trial's folder, with a probe of the normal rows at each step."""
+    folder = begin_trial(sweep.folder, number, {"objective.forget.weight": 0.03}, {})
+    for step, value in values.items():
+        append_line(folder / "metrics.jsonl", {"step": step, "steps": 9, "probe/normal_probability": value})
+    if state != "running":
+        end_trial(folder, state, values=[1.0] if state == "finished" else [])
+    return read_trials(sweep.folder, sweep.space)[number]
+
+
+@pytest.mark.parametrize("kind", ["asha", "median"])
+def test_a_scheduler_that_begins_again_knows_what_was_reported(tmp_path: Path, kind: str) -> None:
+    """After the driver was killed, a trial is stopped by trials that ended before."""
+    settings = {"train.probe": {"every": 1}}
+    stops = {"type": kind, "grace": 2, "reduction": 2, "maximise": "probe.normal_probability"}
+    recipe, space, _ = load(tmp_path, {"settings": settings, "space": EPSILON, "scheduler": stops})
+    sweep = Sweep(recipe, space, tmp_path / "sweep")
+    for number, height in enumerate((0.5, 0.6, 0.7)):
+        reported(sweep, number, {1: height, 2: height, 3: height}, "finished")
+    for value, decision in ((0.1, "STOP"), (0.9, "CONTINUE")):
+        scheduler = make_scheduler(sweep)
+        now: Any = Standing("now")
+        scheduler.on_trial_add(None, now)
+        assert scheduler.on_trial_result(None, now, {"step": 1, "compared": value}) == "CONTINUE"
+        assert scheduler.on_trial_result(None, now, {"step": 2, "compared": value}) == decision
+
+
+class Standing:
+    def __init__(self, trial_id: str):
+        self.trial_id = trial_id
+
+
+def test_the_table_stays_in_place_and_fits(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("LINES", "8")
+    recipe, space, _ = load(tmp_path, {"settings": {"train.probe": {"every": 1}}, "space": EPSILON})
+    sweep = Sweep(recipe, space, tmp_path / "sweep")
+    shown = Table(space, 12)
+    shown.live = True
+    with shown:
+        for number in range(12):
+            shown.begins(reported(sweep, number, {1: 0.5}, "running"))
+            shown.drawn_at = 0.0
+    out = capsys.readouterr().out
+    frames = out.split("\x1b[J")
+    assert all(len(line) < 60 for frame in frames for line in frame.partition("\x1b")[0].splitlines())
+    last = frames[-1].splitlines()
+    assert last[0].split() == ["trial", "state", "ε1", "step", "forget", "normal", "value", "time"]
+    assert [line.split()[0] for line in last[2:]] == ["8", "9", "10", "11"]
+    assert "\x1b[6F" in out
+    shown = Table(space, 12)
+    shown.reports(reported(sweep, 0, {2: 0.6, 3: 0.7}, "running"), 2)
+    assert capsys.readouterr().out == "  trial-000 step    2 normal 0.6  0s\n"
