@@ -152,9 +152,8 @@ def test_the_readmes_commands_are_accepted() -> None:
         assert (ROOT / pipeline).exists()
         given = [str(ROOT / argument) if argument.endswith(".yaml") else argument for argument in arguments]
         chosen = [argument for argument in given if ".yaml" in argument or "=" in argument]
-        parsed = (
-            tune.parse(chosen) if "tune" in pipeline else parse_arguments(chosen, takes_words="evaluate" in pipeline)
-        )
+        sweep = pipeline.endswith("/tune.py")
+        parsed = tune.parse(chosen) if sweep else parse_arguments(chosen, takes_words="evaluate" in pipeline)
         assert parsed.recipe
 
 
