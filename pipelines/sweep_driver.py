@@ -59,7 +59,7 @@ def concurrency(sweep: Sweep) -> int:
     return min(fit, sweep.space.concurrent or fit)
 
 
-def run_trials(sweep: Sweep, count: int, at_once: int) -> None:
+def run_trials(sweep: Sweep, count: int, at_once: int, log: Log) -> None:
     """Run what is missing of `count` trials, `at_once` at a time.
 
     Raises:
@@ -80,8 +80,7 @@ def run_trials(sweep: Sweep, count: int, at_once: int) -> None:
     shutil.rmtree(place, ignore_errors=True)
     where = "in one process" if alone else f"on {train.workers} Ray workers"
     say(f"trials       {count}, {at_once} at once, each {where}")
-    with Log(sweep.recipe, sweep.folder) as log, Table(sweep.space, count) as table:
-        log.begin(sweep.space)
+    with Table(sweep.space, count) as table:
         driver = make_driver(sweep, count, table, log)
         tuner = tune.Tuner(
             tune.with_resources(Run, resources),
@@ -128,7 +127,7 @@ class Driver(NamedTuple):
     watch: Any
 
 
-def make_driver(sweep: Sweep, count: int, table: Table, log: Any) -> Driver:
+def make_driver(sweep: Sweep, count: int, table: Table, log: Log) -> Driver:
     """What gives trials to Ray Tune, what stops them, and what hears of them."""
     from ray import tune
     from ray.tune.search import Searcher
@@ -235,24 +234,33 @@ def _drop_models(sweep: Sweep, trials: Sequence[Trial]) -> None:
 def _free_groups(sweep: Sweep, folder: Path) -> None:
     """Remove the placement group of Ray Train's workers, which outlives a trial whose process was killed."""
     from ray._raylet import PlacementGroupID
-    from ray.util import placement_group_table, remove_placement_group
+    from ray.util import remove_placement_group
     from ray.util.placement_group import PlacementGroup
 
-    if sweep.recipe.train.workers < 2:
+    if in_process(sweep.recipe):
         return
-    leaked = []
-    if (folder / "group").exists():
-        leaked.append((folder / "group").read_text())
-    train = sweep.recipe.train
-    others = {
-        file.read_text() for file in sweep.folder.glob("trial-*/group") if not (file.parent / "result.json").exists()
-    }
-    running = sum(trial.state == "running" for trial in sweep.trials())
-    if len(others) >= running:  # all others are known, so that what is left belongs to nobody
-        for identity, about in placement_group_table().items():
-            bundles = list(about["bundles"].values())
-            shape = len(bundles) == train.workers and all(b.get("CPU") == train.cpus_per_worker for b in bundles)
-            if shape and about["state"] != "REMOVED" and identity not in others:
-                leaked.append(identity)
-    for identity in dict.fromkeys(leaked):
+    file = folder / "group"
+    for identity in [file.read_text()] if file.exists() else _groups_of_nobody(sweep):
         remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(identity))))
+
+
+def _groups_of_nobody(sweep: Sweep) -> list[str]:
+    """Those that no running trial has named: of a trial that was killed before its workers were up.
+
+    Known only where all other trials' workers are up, on a Ray that this command has started: elsewhere they may be
+    another job's.
+    """
+    from ray.util import placement_group_table
+
+    running = [trial for trial in sweep.trials() if trial.state == "running"]
+    named = {(trial.folder / "group").read_text() for trial in running if (trial.folder / "group").exists()}
+    if "RAY_ADDRESS" in os.environ or len(named) < len(running):
+        return []
+    train = sweep.recipe.train
+    return [
+        identity
+        for identity, about in placement_group_table().items()
+        if about["state"] != "REMOVED"
+        and identity not in named
+        and [bundle.get("CPU") for bundle in about["bundles"].values()] == [train.cpus_per_worker] * train.workers
+    ]

@@ -56,10 +56,12 @@ class Log:
         return open_spool(folder, tracking_uri(self.recipe), telling("MLflow"))
 
     def _send(self) -> None:
-        while not self.done.wait(_PAUSE):
+        while True:
             for spool in [self.parent, *list(self.spools.values())]:
                 if not spool.send(self.done.is_set):
                     break
+            if self.done.wait(_PAUSE):
+                return
 
     def begin(self, space: Space) -> None:
         """The sweep's own run."""
@@ -70,7 +72,13 @@ class Log:
         params |= {key: str(value) for key, value in leaves(space.search.model_dump(), "search.").items()}
         params |= {key: str(value) for key, value in leaves(space.scheduler.model_dump(), "scheduler.").items()}
         self._run(self.parent, self.folder, params, {"recipe": self.recipe.name, "kind": "sweep"})
-        self.parent.drain(_PATIENCE)  # its trials name it
+
+    def _parent_id(self) -> str | None:
+        """What trials name; waited for only until it is known that the server does not answer."""
+        deadline = time.monotonic() + _PATIENCE
+        while "run_id" not in self.parent.known and not self.parent.error and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self.parent.known.get("run_id")
 
     def begins(self, trial: Trial) -> None:
         """A trial's run, below the sweep's."""
@@ -81,7 +89,7 @@ class Log:
         settings = leaves(recipe.model_dump(mode="json", exclude_none=True))
         params = {key: str(value) for key, value in settings.items() if len(str(value)) < 500}
         tags = {"kind": "trial", "sweep": self.folder.name, "recipe": self.recipe.name}
-        if parent := self.parent.known.get("run_id"):
+        if parent := self._parent_id():
             tags["mlflow.parentRunId"] = parent
         self._run(spool, trial.folder, params, tags)
 

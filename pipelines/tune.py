@@ -132,13 +132,16 @@ def _tell_mlflow(sweep: Sweep, files: Sequence[Path]) -> None:
 def _search(sweep: Sweep, count: int) -> None:
     from pipelines.finetune import check_inputs
     from pipelines.sweep_driver import concurrency, run_trials
+    from pipelines.sweep_log import Log
     from pipelines.sweep_shared import make_shared
 
     check_inputs(sweep.recipe)
-    with ray_session():
-        at_once = concurrency(sweep)
-        make_shared(sweep)
-        run_trials(sweep, count, at_once)
+    with Log(sweep.recipe, sweep.folder) as log:  # a new database takes as long as Ray's start: both at once
+        log.begin(sweep.space)
+        with ray_session():
+            at_once = concurrency(sweep)
+            make_shared(sweep)
+            run_trials(sweep, count, at_once, log)
 
 
 if __name__ == "__main__":

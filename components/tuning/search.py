@@ -103,7 +103,7 @@ def _frozen(space: Space, trial: Trial) -> Any:
         values=values if state == TrialState.COMPLETE else None,
         params={path: label(value) for path, value in trial.params.items() if path in space.space},
         distributions={path: distribution(space.space[path]) for path in trial.params if path in space.space},
-        system_attrs=trial.sampler,
+        system_attrs={**trial.sampler},
         intermediate_values={step: -value for step, value in trial.reports.items()} if len(space.goals) == 1 else None,
         constraints={str(i): value for i, value in enumerate(missed)} if told else None,
     )
@@ -129,10 +129,10 @@ def importances(space: Space, trials: Sequence[Trial]) -> dict[str, float]:
     finished = [trial for trial in trials if trial.state == "finished"]
     if len(finished) < 4:
         return {}
-    study = make_study(space, finished)
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(evaluate_on_local=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it looks for low values, which goals are turned into
+        study = make_study(space, finished)
         try:
             found = optuna.importance.get_param_importances(
                 study, evaluator=evaluator, target=lambda trial: trial.values[0]
