@@ -23,6 +23,7 @@ from components.tuning.trials import Trial, goal_name, trials_csv
 from pipelines.sweep_table import settings_text, short_names
 
 _SHOWN = 12  # trials of the table at the end
+_WIDTH, _ALWAYS = 100, 6  # characters; columns before the settings
 
 
 def write_files(recipe: Recipe, space: Space, folder: Path, trials: Sequence[Trial]) -> list[Path]:
@@ -72,7 +73,7 @@ def summary_text(recipe: Recipe, space: Space, folder: Path, trials: Sequence[Tr
     counted = {state: sum(t.state == state for t in trials) for state in ("finished", "stopped", "failed")}
     blocks = [
         ", ".join(f"{count} {state}" for state, count in counted.items() if count),
-        table(_header(space), rows[:_SHOWN]) + ("\n…" if len(rows) > _SHOWN else ""),
+        _fitting(_header(space), rows),
     ]
     if found := importances(space, trials):
         blocks.append("decides      " + "  ".join(f"{names[path]} {share:.0%}" for path, share in found.items()))
@@ -86,6 +87,17 @@ def summary_text(recipe: Recipe, space: Space, folder: Path, trials: Sequence[Tr
     }  # fmt: skip
     blocks.append("\n".join(f"{key:<12} {value}" for key, value in places.items()))
     return "\n\n".join(blocks)
+
+
+def _fitting(header: list[str], rows: list[list[str]]) -> str:
+    """The first trials, with as many settings as a terminal holds side by side."""
+    columns = len(header)
+    while columns > _ALWAYS and len(table(header[:columns], [row[:columns] for row in rows]).splitlines()[1]) > _WIDTH:
+        columns -= 1
+    text = table(header[:columns], [row[:columns] for row in rows[:_SHOWN]])
+    left_out = [f"{len(rows) - _SHOWN} trials"] if len(rows) > _SHOWN else []
+    left_out += [", ".join(header[columns:])] if columns < len(header) else []
+    return f"{text}\nin trials.csv, too: {'; '.join(left_out)}" if left_out else text
 
 
 def _header(space: Space) -> list[str]:
