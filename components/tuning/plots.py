@@ -56,19 +56,22 @@ def importance(found: Mapping[str, float], names: Mapping[str, str]) -> Any | No
 
 
 def parallel(space: Space, trials: Sequence[Trial], names: Mapping[str, str]) -> Any | None:
-    """A line a finished trial through the values of its settings to the first goal; the better, the darker."""
-    finished = [trial for trial in trials if trial.state == "finished"]
+    """A line a finished trial through the values of its settings to the first goal.
+
+    The better, the darker; broken where conditions are missed.
+    """
+    finished = pareto.in_order(space, trials)[::-1]  # the best is drawn last
     if len(finished) < 2:
         return None
     columns = {names.get(path, path): _positions(space, path, finished) for path in space.space}
     columns["goal" if len(space.goals) == 1 else "goal 1"] = _scaled([trial.values[0] for trial in finished])
     axes = _axes("", "")
     axes.figure.set_size_inches(max(5.4, 1.3 * len(columns)), 4.0)
-    order = np.argsort([space.goals[0].sign * trial.values[0] for trial in finished], kind="stable")[::-1]
-    for place, i in enumerate(order):  # the best are drawn last
-        heights = [column[0][i] for column in columns.values()]
-        shade = (place + 1) / len(order)
-        axes.plot(range(len(columns)), heights, color=(0.1, 0.3, 0.7, 0.15 + 0.85 * shade), linewidth=0.8 + shade)
+    for place, trial in enumerate(finished):
+        heights = [column[0][place] for column in columns.values()]
+        shade = (place + 1) / len(finished)
+        color, style = (0.1, 0.3, 0.7, 0.15 + 0.85 * shade), "-" if trial.feasible else ":"
+        axes.plot(range(len(columns)), heights, color=color, linewidth=0.8 + shade, linestyle=style)
     for place, (_, ticks) in enumerate(columns.values()):
         for height, text in ticks:
             axes.annotate(text, (place, height), fontsize=7, xytext=(3, 0), textcoords="offset points")
