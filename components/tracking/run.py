@@ -58,13 +58,22 @@ def put_run(
 
 def put_lines(spool: Spool, lines: list[dict[str, Any]]) -> None:
     """Lines of metrics.jsonl as metric points, with their own times."""
-    points = [
+    spool.put("metrics", points=_points(lines), last_step=max(line["step"] for line in lines))
+
+
+def put_system(spool: Spool, lines: list[dict[str, Any]]) -> None:
+    """Lines of how busy the nodes are, which have a count of their own in place of training's steps."""
+    if lines:
+        spool.put("metrics", points=_points(lines))
+
+
+def _points(lines: list[dict[str, Any]]) -> list[list[Any]]:
+    return [
         [key, value, int(line["time"] * 1000), line["step"]]
         for line in lines
         for key, value in line.items()
         if "/" in key
     ]
-    spool.put("metrics", points=points, last_step=max(line["step"] for line in lines))
 
 
 def put_metrics(spool: Spool, prefix: str, metrics: Mapping[str, float], step: int) -> None:
