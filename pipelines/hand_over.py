@@ -68,7 +68,6 @@ def hand_over(
         write_files(outcome)
     put_evidence(spool, folder, evidence)
     unlearned = outcome.metrics.get(CANDIDATE, {})
-    put_metrics(spool, "eval", unlearned, step=steps)
     put_metrics(spool, "retain_only", outcome.metrics.get("retain-only", {}), step=0)
     for name in ("report.html", "events.jsonl", "requests.json", "figures", "eval"):
         if (folder / name).exists():
@@ -81,3 +80,4 @@ def hand_over(
         "model", folder=str(folder / "model"), name=registered_name(outcome.recipe), step=steps,
         tags={**tags, **shown, "fingerprint": evidence.models[CANDIDATE]}, description=told, trained_at=trained["at"],
     )  # fmt: skip
+    put_metrics(spool, "eval", unlearned, step=steps, of_model=True)

@@ -153,8 +153,8 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
         say(f"attempt      {attempt}")
     spool.put("artifact", path=str(folder / "environment.json"))
     try:
-        put_metrics(spool, "rows", data_counts(streams), step=0)
         put_metrics(spool, "eval", before.evaluated["original"].values if before.evaluated else {}, step=0)
+        put_metrics(spool, "rows", data_counts(streams), step=0)
         with spool.sending():
             trained = _train(recipe, folder, original, streams, spool, made_from, checkpoints)
             outcome, evidence = evaluate_after(recipe, folder, streams, before, trained)

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+import torch
+
 from components.files import append_line, read_lines
 
 _EVERY = 10.0  # seconds
@@ -21,6 +24,7 @@ def watched(folder: str | None, node: int) -> Iterator[None]:
     file, done = Path(folder) / f"node{node}.jsonl", threading.Event()
 
     def run() -> None:
+        psutil.cpu_percent()  # the first answer is about nothing, later ones about the time since
         number = len(read_lines(file))
         last = False
         while not last:
@@ -39,9 +43,6 @@ def watched(folder: str | None, node: int) -> Iterator[None]:
 
 
 def _sample(node: int, folder: str) -> dict[str, float]:
-    import psutil
-    import torch
-
     memory = psutil.virtual_memory()
     found = {
         "cpu_utilization_percentage": psutil.cpu_percent(),
