@@ -22,7 +22,7 @@ def environment() -> dict[str, Any]:
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         "python": platform.python_version(),
         "system": platform.platform(),
-        "commit": _commit(),
+        "commit": code_commit(),
         "nodes": [
             {key: node["Resources"][key] for key in sorted(node["Resources"]) if not key.startswith("node:")}
             for node in ray.nodes()
@@ -31,7 +31,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def code_commit() -> str | None:
     """Of the code that runs, with `-dirty` where it was changed since; None outside a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:

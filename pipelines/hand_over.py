@@ -1,6 +1,9 @@
 """What MLflow is told of a run: what it is made from, what came of it, and its model as a candidate."""
 
+import getpass
 import json
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +15,7 @@ from components.files import writing
 from components.tracking.gates import CANDIDATE
 from components.tracking.run import Input, put_metrics
 from components.tracking.spool import Spool
+from pipelines.environment import code_commit
 from pipelines.evidence import put_evidence
 from pipelines.finetune import Model
 from pipelines.outcome import Outcome, description, write_files
@@ -28,6 +32,17 @@ def run_tags(recipe: Recipe, original: Model, streams: Streams) -> dict[str, str
         "config_hash": config_hash(recipe),
         "original_model": original.hash,
         **{f"data.{name}": prepared.digest for name, prepared in streams.sets().items()},
+    }
+
+
+def source_tags() -> dict[str, str]:
+    """Who ran what, where MLflow looks for it."""
+    commit = code_commit()
+    return {
+        "mlflow.user": getpass.getuser(),
+        "mlflow.source.type": "JOB",
+        "mlflow.source.name": shlex.join(["python", *sys.argv]),
+        **({"mlflow.source.git.commit": commit} if commit else {}),
     }
 
 
@@ -53,7 +68,6 @@ def hand_over(
         write_files(outcome)
     put_evidence(spool, folder, evidence)
     unlearned = outcome.metrics.get(CANDIDATE, {})
-    put_metrics(spool, "eval", unlearned, step=steps)
     put_metrics(spool, "retain_only", outcome.metrics.get("retain-only", {}), step=0)
     for name in ("report.html", "events.jsonl", "requests.json", "figures", "eval"):
         if (folder / name).exists():
@@ -66,3 +80,4 @@ def hand_over(
         "model", folder=str(folder / "model"), name=registered_name(outcome.recipe), step=steps,
         tags={**tags, **shown, "fingerprint": evidence.models[CANDIDATE]}, description=told, trained_at=trained["at"],
     )  # fmt: skip
+    put_metrics(spool, "eval", unlearned, step=steps, of_model=True)

@@ -162,9 +162,9 @@ def set_aside(sets: Mapping[str, Prepared]) -> list[str]:
 
 def data_counts(streams: Streams) -> dict[str, float]:
     """Rows used, set aside and filtered of each set, for MLflow."""
-    names = {"good": "rows", "bad": "set_aside", "filtered": "filtered"}
+    names = {"good": "", "bad": "_set_aside", "filtered": "_filtered"}
     return {
-        f"{name}_{shown}": summary_of(prepared)[key]
+        f"{name}{shown}": summary_of(prepared)[key]
         for name, prepared in streams.sets().items()
         for key, shown in names.items()
     }

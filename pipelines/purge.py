@@ -22,31 +22,36 @@ def purge_traces(recipe: Recipe, client: Any, run_id: str) -> dict[str, list[str
     """
     run = client.get_run(run_id).data
     folder, storage = Path(run.tags.get("run_folder", "")), storage_folder(recipe)
-    removed: list[str] = []
     left = ["the original model, which knows the records", "backups and other copies of the storage folder"]
     if not folder.is_dir():
         left.append(f"the run folder {folder.name}, which is not on this machine")
-        return {"removed": removed, "left": left}
-    forget = run.tags.get("data.forget", "")
-    digests = [forget, *_questions(folder)]
+        return {"removed": [], "left": left}
+    digests = [run.tags.get("data.forget", ""), *_questions(folder)]
     hashes = {row for name in digests for row in _row_ids(storage / "prepared" / name)}
-    for found in sorted(storage.glob("prepared/*")):
-        if found.name in digests and _gone(found):
-            removed.append(f"prepared rows {found.name}")
-    for records in sorted(storage.glob("evaluations/*/records.parquet")):
-        if hashes & {*pq.read_table(records, columns=["row_id"])["row_id"].to_pylist()} and _gone(records.parent):
-            removed.append(f"evaluation records {records.parent.name}")
-    for begun in sorted(storage.glob("*/begun.json")):
-        made_from = json.loads(begun.read_text()).get("made_from", {})
-        if made_from.get("forget") == forget and _gone(begun.parent / "checkpoints"):
-            removed.append(f"checkpoints with optimizer state of the unfinished run {begun.parent.name}")
-    for checkpoints in [folder / "checkpoints", *sorted(storage.glob("models/*.checkpoints"))]:
-        if _gone(checkpoints):
-            removed.append(f"checkpoints with optimizer state {checkpoints.name}")
+    found = {
+        "folders of prepared rows": [storage / "prepared" / name for name in digests],
+        "evaluation records": [
+            records.parent
+            for records in sorted(storage.glob("evaluations/*/records.parquet"))
+            if hashes & {*pq.read_table(records, columns=["row_id"])["row_id"].to_pylist()}
+        ],
+        "folders of checkpoints with optimizer state": [
+            folder / "checkpoints",
+            *sorted(storage.glob("models/*.checkpoints")),
+            *(begun.parent / "checkpoints" for begun in storage.glob("*/begun.json") if _forgets(begun, digests[0])),
+        ],
+    }
+    counts = {what: sum(_gone(place) for place in places) for what, places in found.items()}
+    removed = [f"{count} {what}" for what, count in counts.items() if count]
     removed += _shown_answers(folder, client, run_id)
     for line in (*(f"purged: {item}" for item in removed), *(f"left: {item}" for item in left)):
         say(line)
     return {"removed": removed, "left": left}
+
+
+def _forgets(begun: Path, forget: str) -> bool:
+    """Whether an unfinished run is of the same forget rows."""
+    return json.loads(begun.read_text()).get("made_from", {}).get("forget") == forget
 
 
 def _gone(folder: Path) -> bool:

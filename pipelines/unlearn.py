@@ -24,7 +24,7 @@ from components.models import load_tokenizer, parameter_count, tokenizer_facts
 from components.tracking.client import shown_uri
 from components.tracking.follow import follow
 from components.tracking.registry import candidates
-from components.tracking.run import last_step, open_spool, put_lines, put_metrics, put_run
+from components.tracking.run import last_step, open_spool, put_lines, put_metrics, put_run, put_system
 from components.tracking.spool import Spool
 from components.training.checkpoint_files import Place, remove_all
 from components.training.job import Job
@@ -45,7 +45,7 @@ from pipelines.finetune import (
     planned_parameters,
     planned_steps,
 )
-from pipelines.hand_over import hand_over, inputs, run_tags
+from pipelines.hand_over import hand_over, inputs, run_tags, source_tags
 from pipelines.outcome import summary_text
 from pipelines.prepare import Streams, data_counts, notes, prepare_streams
 from pipelines.run_folder import begin, check_begun, run_folder
@@ -148,12 +148,13 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
     with writing("Run", folder):
         write_whole(folder / "environment.json", json.dumps(environment(), indent=2))
     tags = run_tags(recipe, original, streams)
-    if (attempt := put_run(spool, recipe, folder.name, folder, tags, inputs(recipe, streams, before.questions))) > 1:
+    told = {**tags, **source_tags()}
+    if (attempt := put_run(spool, recipe, folder.name, folder, told, inputs(recipe, streams, before.questions))) > 1:
         say(f"attempt      {attempt}")
     spool.put("artifact", path=str(folder / "environment.json"))
     try:
-        put_metrics(spool, "data", data_counts(streams), step=0)
         put_metrics(spool, "eval", before.evaluated["original"].values if before.evaluated else {}, step=0)
+        put_metrics(spool, "rows", data_counts(streams), step=0)
         with spool.sending():
             trained = _train(recipe, folder, original, streams, spool, made_from, checkpoints)
             outcome, evidence = evaluate_after(recipe, folder, streams, before, trained)
@@ -207,6 +208,7 @@ def _train(
         output=str(folder / "model"),
         metrics=str(metrics),
         events=str(events),
+        system=str(folder / "system"),
         stop=str(folder / "stop"),
         checkpoints=checkpoints,
         made_from=made_from,
@@ -234,6 +236,8 @@ def _train(
     outcome["seconds"] = sum(line["perf/step_seconds"] for line in read_lines(metrics))  # over all attempts
     failures = sum(event["event"] == "failure" for event in read_lines(events))
     spool.put("tags", tags={"worker_failures": str(failures)})
+    put_system(spool, [line for file in sorted((folder / "system").glob("*.jsonl")) for line in read_lines(file)])
+    shutil.rmtree(folder / "system", ignore_errors=True)
     with writing("Run", folder):
         write_whole(trained, json.dumps(outcome, indent=2))
     say_stopped(outcome)

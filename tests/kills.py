@@ -169,7 +169,7 @@ def differences(expected: Path, found: Path, storage: Path) -> list[str]:
     history = client.get_metric_history(runs[0].info.run_id, "train/loss")
     if sorted(point.step for point in history) != list(range(1, STEPS + 1)):
         wrong.append(f"MLflow points: {len(history)}")
-    counts = client.get_metric_history(runs[0].info.run_id, "data/forget_rows")
+    counts = client.get_metric_history(runs[0].info.run_id, "rows/forget")
     if len(counts) > 1:
         wrong.append(f"MLflow points of the data: {len(counts)}")
     if len(client.search_model_versions(f"run_id = '{runs[0].info.run_id}'")) != 1:

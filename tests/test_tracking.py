@@ -224,6 +224,28 @@ def test_a_model_that_is_sent_late_does_not_become_the_candidate(uri: str, clien
     assert registry.candidate(client, "late").version == 1
 
 
+def test_metrics_of_the_model_are_found_by_the_model(uri: str, client, tmp_path: Path, base: Path) -> None:
+    spool = make_run(uri, tmp_path / "run")
+    spool.put(
+        "model",
+        folder=str(base),
+        name="measured",
+        step=3,
+        tags={},
+        description="**what** it is",
+        trained_at="2026-01-01",
+    )
+    put_metrics(spool, "eval", {"utility": 0.5}, step=3, of_model=True)
+    put_metrics(spool, "retain_only", {"utility": 0.7}, step=3)
+    assert spool.drain(5) == 0
+    run = client.get_run(spool.known["run_id"])
+    assert run.data.metrics == {"eval/utility": 0.5, "retain_only/utility": 0.7}
+    assert [output.model_id for output in run.outputs.model_outputs] == [spool.known["model_id"]]
+    model = client.get_logged_model(spool.known["model_id"])
+    assert [(metric.key, metric.value, metric.step) for metric in model.metrics] == [("eval/utility", 0.5, 3)]
+    assert client.get_model_version("measured-candidates", spool.known["version"]).description == "**what** it is"
+
+
 def test_an_altered_model_is_refused_file_by_file(uri: str, client, tmp_path: Path, base: Path) -> None:
     add(client, begun_run(uri, tmp_path / "run"), base, "2026-01-01", "altered")
     version = registry.candidate(client, "altered")

@@ -13,6 +13,11 @@ _METRICS = {
     "exact_match": "answers given word for word",
     "extraction_strength": "share of an answer that its beginning brings back",
 }
+_GATES = {
+    "forget_quality": "chance that a test cannot tell it from a model never trained on the records (forget_quality)",
+    "model_utility": "how well it answers everything else, from 0 to 1 (model_utility)",
+    "forget_probability": "probability of the answers to be forgotten (forget_probability)",
+}
 NOT_GUARANTEED = (
     "The figures show how the model answers the questions that were asked. They do not prove that no trace is left in "
     "its parameters: other wordings, further training on similar text, or access to the weights may bring parts back. "
@@ -60,7 +65,13 @@ def certificate_page(about: Mapping[str, Any]) -> str:
         _table(
             ["measure", "value", "condition", "bound", "met"],
             [
-                [g["metric"], number(g["value"]), g["condition"], number(g["bound"]), "yes" if g["passed"] else "no"]
+                [
+                    _GATES.get(g["metric"], g["metric"]),
+                    number(g["value"]),
+                    g["condition"],
+                    number(g["bound"]),
+                    "yes" if g["passed"] else "no",
+                ]
                 for g in about["gates"]
             ],
         ),

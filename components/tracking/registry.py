@@ -56,11 +56,11 @@ def add_version(
 
     manifest = manifest_of(folder)
     tags = {"manifest": manifest_digest(manifest), **tags}
-    experiment = client.get_run(run_id).info.experiment_id
+    run = client.get_run(run_id).info
     same = f"source_run_id = '{run_id}' AND tags.manifest = '{tags['manifest']}'"
-    begun = client.search_logged_models([experiment], filter_string=same)
+    begun = client.search_logged_models([run.experiment_id], filter_string=same)
     model = begun[0] if begun else client.create_logged_model(
-        experiment, name=folder.parent.name.replace(".", "-"), source_run_id=run_id, model_type="hf-folder",
+        run.experiment_id, name=run.run_name.replace(".", "-"), source_run_id=run_id, model_type="hf-folder",
         tags=dict(tags),
     )  # fmt: skip
     if model.status != "READY":

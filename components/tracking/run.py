@@ -30,7 +30,8 @@ def open_spool(folder: Path, uri: str, tell: Callable[[str], None]) -> Spool:
     """The entries of the run in `folder`, for the MLflow server at `uri`; `tell` gets a line when that fails."""
     handlers: dict[str, Handler] = {
         "run": _send_run, "attempt": _send_attempt, "inputs": _send_inputs, "metrics": _send_metrics,
-        "tags": _send_tags, "artifact": _send_artifact, "model": _send_model, "end": _send_end,
+        "model_metrics": _send_metrics, "tags": _send_tags, "artifact": _send_artifact, "model": _send_model,
+        "end": _send_end,
     }  # fmt: skip
     return Spool(folder / "mlflow", uri, lambda: make_client(uri), handlers, tell)
 
@@ -58,22 +59,34 @@ def put_run(
 
 def put_lines(spool: Spool, lines: list[dict[str, Any]]) -> None:
     """Lines of metrics.jsonl as metric points, with their own times."""
-    points = [
+    spool.put("metrics", points=_points(lines), last_step=max(line["step"] for line in lines))
+
+
+def put_system(spool: Spool, lines: list[dict[str, Any]]) -> None:
+    """Lines of how busy the nodes are, which have a count of their own in place of training's steps."""
+    if lines:
+        spool.put("metrics", points=_points(lines))
+
+
+def _points(lines: list[dict[str, Any]]) -> list[list[Any]]:
+    return [
         [key, value, int(line["time"] * 1000), line["step"]]
         for line in lines
         for key, value in line.items()
         if "/" in key
     ]
-    spool.put("metrics", points=points, last_step=max(line["step"] for line in lines))
 
 
-def put_metrics(spool: Spool, prefix: str, metrics: Mapping[str, float], step: int) -> None:
-    """Evaluation metrics as `<prefix>/<name>` at `step`; what another attempt has put already is not put again."""
+def put_metrics(spool: Spool, prefix: str, metrics: Mapping[str, float], step: int, *, of_model: bool = False) -> None:
+    """Evaluation metrics as `<prefix>/<name>` at `step`; what another attempt has put already is not put again.
+
+    With `of_model` they are also those of the model that was put before.
+    """
     now = int(time.time() * 1000)
     told = {(key, value, at) for entry in spool.entries() for key, value, _, at in entry.get("points", ())}
     named = [(f"{prefix}/{key}", value) for key, value in metrics.items()]
     if points := [[key, value, now, step] for key, value in named if (key, value, step) not in told]:
-        spool.put("metrics", points=points)
+        spool.put("model_metrics" if of_model else "metrics", points=points)
 
 
 def last_step(spool: Spool) -> int:
@@ -104,7 +117,8 @@ def _send_attempt(client: Any, known: Known, entry: Entry) -> None:
 def _send_metrics(client: Any, known: Known, entry: Entry) -> None:
     from mlflow.entities import Metric
 
-    points = [Metric(*point) for point in entry["points"]]
+    model_id = known.get("model_id") if entry["kind"] == "model_metrics" else None
+    points = [Metric(key, value, at, step, model_id=model_id) for key, value, at, step in entry["points"]]
     for i in range(0, len(points), 900):
         client.log_batch(known["run_id"], metrics=points[i : i + 900])
 
@@ -146,7 +160,8 @@ def _send_model(client: Any, known: Known, entry: Entry) -> Known:
         )  # fmt: skip
     except TrackingError as error:
         raise Gone(str(error)) from error
-    return {"version": version}
+    source = client.get_model_version(registry.candidates(entry["name"]), version).source
+    return {"version": version, "model_id": source.removeprefix("models:/")}
 
 
 def _send_end(client: Any, known: Known, entry: Entry) -> None:

@@ -23,6 +23,8 @@ class Job(Section):
     """File to which rank 0 appends one JSON line a step."""
     events: str | None = None
     """File to which rank 0 appends one JSON line for whatever happens beside the steps."""
+    system: str | None = None
+    """Folder for a file a node of how busy it is."""
     stop: str | None = None
     """File that somebody makes when training is to end with a checkpoint."""
     group: str | None = None

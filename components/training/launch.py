@@ -95,13 +95,15 @@ def _run_here(job: Job) -> dict[str, Any]:
 
     from components.models import inference_device
     from components.training.loop import train_loop
+    from components.training.system import watched
 
     if not torch.distributed.is_initialized():  # kept for later jobs: DeepSpeed holds on to the first group
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it, whoever started the process group
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        return train_loop(job, rank=0, world=1, device=inference_device())
+        with watched(job.system, 0):
+            return train_loop(job, rank=0, world=1, device=inference_device())
     finally:  # this process goes on: give the model's memory back
         gc.collect()
         if torch.cuda.is_available():
@@ -205,6 +207,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from components.training.loop import train_loop
+    from components.training.system import watched
 
     job = Job.model_validate(config["job"])
     if not job.train.gpus_per_worker:
@@ -213,10 +216,11 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     if job.group and context.get_world_rank() == 0 and (group := ray.util.get_current_placement_group()):
         Path(job.group).write_text(group.id.hex())
-    return train_loop(
-        job, context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device(),
-        notice=_nodes_about_to_go,
-    )  # fmt: skip
+    with watched(job.system if context.get_local_rank() == 0 else None, context.get_node_rank()):
+        return train_loop(
+            job, context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device(),
+            notice=_nodes_about_to_go,
+        )  # fmt: skip
 
 
 def _nodes_about_to_go() -> tuple[str, ...]:

@@ -1,0 +1,132 @@
+"""Deletion requests choose the forget rows, and what became of each request's rows is told without their text."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from components.config import Data, Evaluation, Files, Train
+from components.data.people import people_rows
+from components.data.prepare import prepare
+from components.data.requests import read_requests, whose
+from components.data.rows import PreparedRows
+from components.errors import ConfigError, DataError
+from components.evaluation.by_request import by_request
+from components.evaluation.metrics import ROW_METRICS, by_set
+from components.evaluation.scoring import score
+from components.load_config import load_recipe
+from components.models import fingerprint, load_tokenizer, tokenizer_facts
+from tests.conftest import DATA, people
+
+DEMO = Path(__file__).resolve().parents[1] / "pipelines" / "recipes" / "demo.yaml"
+
+
+def write(file: Path, *requests: dict | str) -> str:
+    file.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in requests))
+    return str(file)
+
+
+def request(request_id: str, **where) -> dict:
+    return {"request_id": request_id, "received": "2026-01-31", "legal_basis": "Art. 17", "where": where}
+
+
+def test_each_wrong_line_is_named(tmp_path: Path) -> None:
+    good = request("R-1", person="A B")
+    wrong = write(
+        tmp_path / "r.jsonl", good, "{half", {**good, "request_id": "R-2", "recieved": "x"},
+        {**good, "request_id": "R-3", "received": "yesterday"}, {**good, "request_id": "R-4", "where": {"person": ""}},
+        good,
+    )  # fmt: skip
+    with pytest.raises(DataError) as error:
+        read_requests(wrong)
+    for told in ("line 2: not JSON", "line 3: recieved", "line 4: received", "line 5: where", "R-1 occurs twice"):
+        assert told in str(error.value)
+    with pytest.raises(DataError, match="no line"):
+        read_requests(write(tmp_path / "empty.jsonl"))
+    with pytest.raises(DataError, match="not found"):
+        read_requests(str(tmp_path / "none.jsonl"))
+
+
+def test_a_record_is_whose_columns_all_match(tmp_path: Path) -> None:
+    file = tmp_path / "r.jsonl"
+    path = write(
+        file, request("R-1", name=["Ann", "Anne"]), request("R-2", name="Bob", city="Ulm"), request("R-3", number=7)
+    )
+    find = whose(path)
+    expected = {
+        "R-1": [{"name": "Anne", "city": "Ulm"}, {"name": " Ann "}],
+        "R-2": [{"name": "Bob", "city": "Ulm", "number": 8}],
+        "R-3": [{"number": 7}, {"number": "7"}, {"name": "Bob", "city": "Bonn", "number": 7}],
+        None: [{"name": "Bob"}, {"city": "Ulm"}, {}, {"name": "Bob", "city": "Bonn"}],
+    }
+    for name, records in expected.items():
+        assert [find(record) for record in records] == [name] * len(records)
+    write(file, request("R-9", name="Ann", more="more than before"))
+    assert whose(path)({"name": "Ann", "more": "more than before"}) == "R-9"
+
+
+def test_a_recipe_takes_requested_records_to_forget_and_no_others(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", request("R-1", person="A B"))
+    recipe = load_recipe([DEMO], [f"data.requests={path}"])
+    assert {source.requested for source in recipe.data.forget} == {path}
+    assert {source.not_requested for source in (*recipe.data.normal, *recipe.data.random)} == {path}
+    for name, questions in recipe.evaluation.sets.items():
+        for source in questions.rows:
+            assert (source.requested, source.not_requested) == ((path, None) if name == "forget" else (None, path))
+    book = "data.forget=[{type: text, path: book.txt}]"
+    with pytest.raises(ConfigError, match=r"data\.requests choose records by columns"):
+        load_recipe([DEMO], [f"data.requests={path}", book])
+
+
+def test_rows_bear_their_request_and_others_request_changes_the_rows(ray_cluster: None, tmp_path: Path, facts) -> None:
+    records = [{"question": f"q{i}", "answer": f"a{i}", "owner": f"o{i // 2}"} for i in range(8)]
+    data = write(tmp_path / "x.jsonl", *records)
+    path = write(tmp_path / "r.jsonl", request("R-1", owner="o1"), request("R-2", question="q7"))
+    source = Files(type="files", path=data)
+
+    def rows(**chosen):
+        prepared = prepare([source.model_copy(update=chosen)], "pairs", Data(max_tokens=64), facts, tmp_path)
+        table = PreparedRows(prepared.folder).table()
+        return prepared.digest, list(zip(table["line"].to_pylist(), table["request"].to_pylist(), strict=True))
+
+    digest, forget = rows(requested=path)
+    assert forget == [(3, "R-1"), (4, "R-1"), (8, "R-2")]
+    assert rows(not_requested=path)[1] == [(i, None) for i in (1, 2, 5, 6, 7)]
+    write(tmp_path / "r.jsonl", request("R-3", owner="o0"))
+    other, forget = rows(requested=path)
+    assert forget == [(1, "R-3"), (2, "R-3")]
+    assert other != digest
+
+
+def test_figures_of_a_request_are_those_of_its_own_rows(ray_cluster: None, tmp_path: Path, base: Path, facts) -> None:
+    names = sorted({row["person"] for row in _people()})
+    path = write(tmp_path / "r.jsonl", request("R-1", person=names[0]), request("R-2", person=names[1:]),
+                 request("R-3", person="Nobody"))  # fmt: skip
+    source = people("forget", requested=path)
+    forget = prepare([source], "pairs", DATA, facts, tmp_path)
+    asked = prepare([source], "questions", DATA, facts, tmp_path)
+    evaluation = Evaluation(sets={"forget": {"rows": [source]}})
+    records = score(base, fingerprint(base), {"forget": asked}, evaluation, Train(workers=0), tmp_path)
+    tables = [PreparedRows(prepared.folder).table() for prepared in (forget, asked)]
+    found = by_request(read_requests(path), tables[0], tables[1], {"original": records})
+    assert [about["request_id"] for about in found] == ["R-1", "R-2", "R-3"]
+    assert [len(about["rows"]) for about in found] == [5, 10, 0]
+    answers = {row["question"]: row["person"] for row in _people()}
+    for about, meant in zip(found, ([names[0]], names[1:], []), strict=True):
+        rows = [row for row in by_set(records)["forget"] if answers[row["question"]] in meant]
+        assert about["asked_rows"] == [row["row_id"] for row in rows]
+        for metric, value in about["metrics"]["original"].items():
+            assert value == pytest.approx(np.mean([ROW_METRICS[metric].of(row) for row in rows]))
+        assert bool(about["metrics"]["original"]) == bool(meant)
+    text = json.dumps(found)
+    assert not any(row["question"] in text or row["answer"] in text or row["person"] in text for row in _people())
+
+
+def _people() -> list[dict]:
+    return people_rows("forget", people=16, forget_people=3, holdout_people=2, seed=0)
+
+
+@pytest.fixture
+def facts(base: Path):
+    return tokenizer_facts(load_tokenizer(base))
