@@ -188,6 +188,11 @@ def test_the_first_trial_is_the_recipes_own_where_the_space_holds_it(tmp_path: P
     assert own_point(space, recipe.model_dump(mode="json")) is None
 
 
+def test_a_trial_is_a_worker(tmp_path: Path) -> None:
+    for given, found in ((0, 1), (1, 1), (2, 2)):
+        assert load(tmp_path, {"space": EPSILON}, f"train.workers={given}")[0].train.workers == found
+
+
 def test_the_name_follows_what_is_searched_and_not_how_much(tmp_path: Path) -> None:
     def name(space: dict, *overrides: str) -> str:
         return sweep_name(*load(tmp_path, space, *overrides))

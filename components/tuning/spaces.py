@@ -47,6 +47,8 @@ def load_sweep(files: Sequence[str], overrides: Sequence[str]) -> tuple[Recipe, 
         raise ConfigError(f"Searched settings are given too ({', '.join(sorted(twice))}). Leave them to the space.")
     settings = [f"{path}={json.dumps(value)}" for path, value in space.settings.items()]
     recipe = load_recipe(recipes, [*settings, *for_recipe])
+    if recipe.train.workers == 0:  # a trial's actor is a worker: what one computes, on its own CPUs
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": 1})})
     check_space(space, recipe)
     return recipe, space, Path(spaces[0]).stem
 
