@@ -32,7 +32,7 @@ class Log:
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._send, name="mlflow", daemon=True)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> Any:  # Ray Tune writes down whom it tells
         return (Log, (self.recipe, self.folder))
 
     def __enter__(self) -> "Log":

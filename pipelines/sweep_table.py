@@ -34,7 +34,7 @@ class Table:
     def __exit__(self, *error: object) -> None:
         self._draw(last=True)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> Any:  # Ray Tune writes down whom it tells
         return (Table, (self.space, self.count))
 
     def begins(self, trial: Trial) -> None:
