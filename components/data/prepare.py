@@ -217,7 +217,8 @@ def _check(prepared: Prepared, summary: dict[str, Any], sources: Sequence[PoolSo
     total = prepared.good + prepared.bad
     reasons = "; ".join(f"{count} x {reason}" for reason, count in list(summary["reasons"].items())[:5])
     if not total:
-        left_out = f", left out by where or deletion requests={summary['filtered']}" if summary["filtered"] else ""
+        by = "data.requests" if any(getattr(source, "requested", None) for source in sources) else "where"
+        left_out = f", left out by {by}={summary['filtered']}" if summary["filtered"] else ""
         raise DataError(f"Data is empty (files={names}{left_out}). Expected at least one row.")
     if not prepared.good or prepared.bad / total > data.max_bad_fraction:
         raise DataError(
