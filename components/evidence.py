@@ -10,6 +10,9 @@ import numpy as np
 
 from components.files import write_whole
 
+WITHOUT_INTERVAL = ("forget_quality", "forget_quality_log10", "privleak")
+"""Metrics of all rows together."""
+
 
 class Evaluated(NamedTuple):
     """The metrics of one model."""

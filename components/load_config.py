@@ -110,6 +110,8 @@ def _with_requests(raw: dict[str, Any]) -> dict[str, Any]:
     path = data["requests"]
     path = path if "://" in path else str(Path(path).expanduser().resolve())  # workers are elsewhere
 
+    taken = ("forget", "random") if data.get("responses") == "by_row" else ("forget",)
+
     def chosen(node: Any, key: str) -> Any:
         if isinstance(node, list):
             return [chosen(item, key) for item in node]
@@ -119,7 +121,7 @@ def _with_requests(raw: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError("data.requests choose records by columns, which type: text has none of. Give files.")
         if node.get("type") in ("files", "huggingface", "people"):
             return {**node, key: path}
-        return {name: chosen(value, "requested" if name == "forget" else key) for name, value in node.items()}
+        return {name: chosen(value, "requested" if name in taken else key) for name, value in node.items()}
 
     evaluation = chosen(raw.get("evaluation", {}), "not_requested")
     return {**raw, "data": {**chosen(data, "not_requested"), "requests": path}, "evaluation": evaluation}
@@ -180,7 +182,8 @@ def _explain(item: Any, schema: type[BaseModel]) -> str:
         tags = item["ctx"].get("expected_tags", "")
         return f"{path}: needs a type" + (f", one of {tags}." if tags else f": {item['msg']}.")
     message = item["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(item["input"], dict | BaseModel) else f" (got {item['input']!r})"
+    hidden = isinstance(item["input"], dict | BaseModel) or "password" in message
+    got = "" if hidden else f" (got {item['input']!r})"
     return f"{path}: {message}{got}."
 
 

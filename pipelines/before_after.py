@@ -11,9 +11,8 @@ import pyarrow as pa
 
 from components.config import Recipe, config_hash
 from components.console import duration
-from components.data.locations import content_digest
 from components.data.prepare import Prepared
-from components.data.requests import read_requests
+from components.data.requests import RequestFile, read_requests
 from components.data.rows import PreparedRows
 from components.evaluation.by_request import by_request
 from components.evaluation.evaluate import Reference
@@ -45,6 +44,8 @@ class Before(NamedTuple):
 
     models: dict[str, Model]
     """Original and, where there is one, retain-only."""
+    requests: RequestFile | None
+    """The deletion requests as they were read before training."""
     questions: dict[str, Prepared]
     """By question set."""
     records: dict[str, pa.Table]
@@ -65,7 +66,8 @@ def evaluate_before(recipe: Recipe, original: Model, retain_only: Model | None) 
     evaluated = {name: evaluate_model(recipe, models[name], table, reference) for name, table in records.items()}
     if evaluated:
         say("baseline     " + ", ".join(_headline(name, found.values) for name, found in evaluated.items()))
-    return Before(models, questions, records, reference, evaluated)
+    requests = read_requests(recipe.data.requests) if recipe.data.requests else None
+    return Before(models, requests, questions, records, reference, evaluated)
 
 
 def evaluate_after(
@@ -102,28 +104,22 @@ def evaluate_after(
             "versions": versions(),
         },
     )
-    if recipe.data.requests and streams.forget:
-        _write_requests(recipe, folder, models, streams.forget, before.questions.get("forget"), records)
+    if before.requests and streams.forget:
+        _write_requests(before.requests, folder, models, streams.forget, before.questions.get("forget"), records)
     return outcome, evidence
 
 
 def _write_requests(
-    recipe: Recipe, folder: Path, models: Mapping[str, Model], forget: Prepared, asked: Prepared | None,
+    requests: RequestFile, folder: Path, models: Mapping[str, Model], forget: Prepared, asked: Prepared | None,
     records: Mapping[str, pa.Table],
 ) -> None:  # fmt: skip
     """What became of each deletion request, for the certificate of whoever promotes the model."""
-    path = str(recipe.data.requests)
-    found = by_request(
-        read_requests(path), PreparedRows(forget.folder).table(),
-        PreparedRows(asked.folder).table() if asked else None, records,
-    )  # fmt: skip
-    for request in found:
-        if not request["rows"]:
-            say(f"  no record is named by request {request['request_id']}")
+    questions = PreparedRows(asked.folder).table() if asked else None
     about = {
-        "file": content_digest(path, folder), "models": {name: model.hash for name, model in models.items()},
-        "requests": found,
-    }  # fmt: skip
+        "file": requests.sha256,
+        "models": {name: model.hash for name, model in models.items()},
+        "requests": by_request(requests.requests, PreparedRows(forget.folder).table(), questions, records),
+    }
     write_whole(folder / "requests.json", json.dumps(about, indent=2, ensure_ascii=False))
 
 

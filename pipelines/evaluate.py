@@ -81,7 +81,7 @@ def _model_folder(recipe: Recipe, path: str) -> Path:
     if path.startswith("models:/"):
         champions = path.startswith((f"models:/{registered_name(recipe)}@", f"models:/{registered_name(recipe)}/"))
         client = make_client((champions and recipe.tracking.production) or tracking_uri(recipe))
-        return fetch_registered(client, path, storage / "registered", storage)
+        return fetch_registered(client, path, storage / "registered")
     return local_folder(Pretrained(type="pretrained", path=path), storage)
 
 

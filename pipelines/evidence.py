@@ -18,9 +18,14 @@ PATIENCE = 20.0  # seconds that MLflow may fail to answer before a command ends 
 
 
 def own_run(command: Command) -> Path | None:
-    """The folder of the recipe's finished run, if there is one."""
-    folders = [storage_folder(command.recipe) / name for name in command.runs]
-    return next((folder for folder in folders if (folder / "model").is_dir()), None)
+    """The folder of the recipe's newest finished run, if there is one."""
+    storage = storage_folder(command.recipe)
+    for name in command.runs:
+        finished = [file.parent for file in storage.glob(f"{name}*/summary.json")]
+        numbers = {folder: folder.name.removeprefix(name).removeprefix("-") or "1" for folder in finished}
+        if known := [folder for folder, number in numbers.items() if number.isdigit()]:
+            return max(known, key=lambda folder: int(numbers[folder]))
+    return None
 
 
 def evidence_of(
@@ -33,7 +38,7 @@ def evidence_of(
 
     return Evidence(
         {name: prepared.digest for name, prepared in questions.items()},
-        {called(name): models[name].hash for name in evaluated},
+        {called(name): model.hash for name, model in models.items()},
         {called(name): found for name, found in evaluated.items()},
     )
 

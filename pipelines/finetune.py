@@ -110,7 +110,8 @@ def _to_make(recipe: Recipe) -> dict[str, Sequence[Source]]:
     """Training rows of each model that is to be made."""
     if not recipe.finetune:
         return {}
-    everything = [_whole(source) for source in (*recipe.data.normal, *recipe.data.forget)]
+    whole = [_whole(source) for source in (*recipe.data.normal, *recipe.data.forget)]
+    everything = [source for i, source in enumerate(whole) if source not in whole[:i]]
     sources = {"original": everything, "retain_only": recipe.data.normal}
     return {name: rows for name, rows in sources.items() if rows and not getattr(recipe.models, name)}
 

@@ -73,7 +73,7 @@ def hand_over(
         if (folder / name).exists():
             spool.put("artifact", path=str(folder / name), into=name if (folder / name).is_dir() else None)
     told = description(outcome)
-    tables = [{"path": "eval/metrics_table.json", "type": "table"}]
+    tables = [{"path": "eval/metrics_table.json", "type": "table"}] if outcome.metrics else []
     spool.put("tags", tags={"mlflow.note.content": told, "mlflow.loggedArtifacts": json.dumps(tables)})
     shown = {f"eval.{name}": f"{value:.6g}" for name, value in unlearned.items()}
     spool.put(

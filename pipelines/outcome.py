@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -78,16 +78,22 @@ def write_files(outcome: Outcome) -> None:
     write_model_card(folder / "model" / "README.md", title, outcome.facts, outcome.metrics)
 
 
-def summary_text(outcome: Outcome, version: str, run: tuple[str, str] | None) -> str:
-    """Table, sample answers, gates and places, for the terminal; `run`: ids of MLflow's experiment and run."""
-    blocks = [metrics_table(outcome.metrics)] if outcome.metrics else []
+def shown_summary(summary: Mapping[str, Any]) -> str:
+    """What the terminal shows of a finished run: metrics, sample answers, then gates and places."""
+    return "\n\n".join(text for key in ("metrics_text", "samples_text", "text") if (text := summary[key]))
+
+
+def summary_texts(outcome: Outcome, version: str, run: tuple[str, str] | None) -> dict[str, str]:
+    """The parts of the summary, sample answers apart; `run`: ids of MLflow's experiment and run."""
+    samples = []
     for sample in outcome.samples.get("forget", []):
         answers = {"right": sample.answer, "before": sample.before, "after": sample.after}
-        blocks.append("\n".join([f"Q       {sample.question}", *(f"  {k:<8}{v}" for k, v in answers.items())]))
+        samples.append("\n".join([f"Q       {sample.question}", *(f"  {k:<8}{v}" for k, v in answers.items())]))
+    blocks = []
     if outcome.gates:
         blocks.append(gate_table(outcome.gates))
     uri = shown_uri(tracking_uri(outcome.recipe))
-    local = uri.startswith("sqlite")
+    local = not uri.startswith("http")
     page = "http://127.0.0.1:5000" if local else uri
     if run:
         page += f"/#/experiments/{run[0]}/runs/{run[1]}?workflowType=machine_learning"
@@ -98,7 +104,11 @@ def summary_text(outcome: Outcome, version: str, run: tuple[str, str] | None) ->
         **({"MLflow": f"mlflow ui --backend-store-uri {uri}, then", "": page} if local else {"MLflow": page}),
     }
     blocks.append("\n".join(f"{key:<11} {value}" for key, value in places.items()))
-    return "\n\n".join(blocks)
+    return {
+        "metrics_text": metrics_table(outcome.metrics) if outcome.metrics else "",
+        "samples_text": "\n\n".join(samples),
+        "text": "\n\n".join(blocks),
+    }
 
 
 def description(outcome: Outcome) -> str:

@@ -21,6 +21,7 @@ from components.console import table
 from components.data.overlap import Overlap, find_overlap
 from components.data.prepare import Prepared, prepare, summary_of
 from components.data.prompts import Encoder, TokenizerFacts, answer_tokens_marked
+from components.data.requests import read_requests
 from components.data.rows import PreparedRows
 from components.data.tokenise import data_settings
 from components.errors import DataError
@@ -40,6 +41,8 @@ class Streams(NamedTuple):
     """Normal rows that stand in forget too."""
     without: Path | None
     """File that names the normal rows to leave out."""
+    unmet: list[str]
+    """Ids of deletion requests that name no record."""
 
     def sets(self) -> dict[str, Prepared]:
         """Those that there are, by name."""
@@ -95,10 +98,32 @@ def prepare_streams(recipe: Recipe, facts: TokenizerFacts, place: Path) -> Strea
         _check_that_responses_fit(forget, pool, data.max_tokens)
         if data.responses == "by_row":
             _check_that_rows_belong_together(forget, pool)
+    unmet = _check_requests(data.requests, forget, normal) if data.requests and forget else []
     without = overlap.rows if overlap and data.overlap == "drop_from_normal" else None
     if normal and without and not len(PreparedRows(normal.folder, without)):
         raise DataError("No normal row is left (data.overlap=drop_from_normal): all stand in forget too. Give others.")
-    return Streams(forget, normal, pool, overlap, without)
+    return Streams(forget, normal, pool, overlap, without, unmet)
+
+
+def _check_requests(path: str, forget: Prepared, normal: Prepared | None) -> list[str]:
+    """The requests that name no record; others must be met as a whole.
+
+    Raises:
+        DataError: when a record that a request names was set aside, or stands in normal only.
+    """
+    ids = [request.request_id for request in read_requests(path).requests]
+    found, kept = summary_of(forget), summary_of(normal)["requests"] if normal else {}
+    if aside := found["requests_set_aside"]:
+        raise DataError(
+            f"Records that deletion requests name cannot be used (requests={', '.join(aside)}). Expected to unlearn "
+            f"all of them. They are listed in {forget.folder / 'quarantine'}; mend them, or take them out of the data."
+        )
+    if elsewhere := [name for name in ids if name in kept and name not in found["requests"]]:
+        raise DataError(
+            f"Records that deletion requests name stand in data.normal only (requests={', '.join(elsewhere)}). "
+            "Expected to unlearn them. Name the same source under data.forget too."
+        )
+    return [name for name in ids if name not in found["requests"]]
 
 
 def _check_that_responses_fit(forget: Prepared, pool: Prepared, max_tokens: int) -> None:
@@ -141,6 +166,7 @@ def described(streams: Streams) -> str:
 def notes(streams: Streams) -> list[str]:
     """A line for each reason to set rows aside, where they are listed, and the overlap."""
     lines = set_aside(streams.sets())
+    lines += [f"forget: no record is named by request {name}" for name in streams.unmet]
     if both := streams.overlap:
         what = "left out" if streams.without else "kept"
         lines.append(

@@ -12,9 +12,9 @@ wrong.
 import argparse
 import getpass
 import os
-import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 
 from components.config import Recipe, differences, registered_name
 from components.console import number, table
-from components.errors import ConfigError, TrackingError, UnlearnError
+from components.errors import ConfigError, TrackingError
 from components.evidence import read_evidence
 from components.models import fingerprint
 from components.tracking import registry
-from components.tracking.client import make_client, shown_uri
+from components.tracking.client import hidden, make_client, shown_uri
 from components.tracking.gates import CANDIDATE, GateResult, gate_table, judge
-from components.tracking.ledger import Entry, Ledger, Lost, open_ledger
+from components.tracking.ledger import Entry, Ledger, Lost, champion_of, find_ledger, make_ledger
 from components.tracking.promotion import copy_in, sound
 from pipelines.cli import Command, run_cli, say, storage_folder, tracking_uri
 from pipelines.promotion_evidence import (
@@ -36,8 +36,9 @@ from pipelines.promotion_evidence import (
     evidence_of_entry,
     evidence_of_run,
     gates_and_requests,
+    settings_of_run,
     suites_in,
-    suites_of_champion,
+    suites_of,
     with_evidence,
 )
 from pipelines.purge import purge_traces
@@ -57,14 +58,15 @@ class Registry(NamedTuple):
         """A copy of the ledger outside the server."""
         return self.storage / "ledger" / f"{self.name}.jsonl"
 
-    def ledger(self, *, create: bool = False) -> Ledger:
-        """The model's ledger."""
-        return open_ledger(self.target, self.name, self.storage, create=create)
+    def champion(self) -> tuple[Ledger, Entry]:
+        """The ledger and its last entry."""
+        return champion_of(find_ledger(self.target, self.name))
 
 
 def run(command: Command) -> None:
     """Do what the first word says."""
     from mlflow.exceptions import MlflowException
+    from requests import RequestException
 
     action, words = _asked(command)
     recipe, options = command.recipe, command.options
@@ -74,11 +76,10 @@ def run(command: Command) -> None:
     where = Registry(registered_name(recipe), recipe, source, target, storage_folder(recipe))
     try:
         _ACTIONS[action](where, words, options)
-    except UnlearnError:
-        raise
-    except (MlflowException, OSError) as error:  # artifacts are refused with an OSError
+    except (MlflowException, RequestException) as error:
+        uris = ", ".join(dict.fromkeys(shown_uri(u) for u in (uri, recipe.tracking.production or uri)))
         raise TrackingError(
-            f"MLflow refused (tracking.uri={shown_uri(uri)}, action={action}): {str(error)[:300]} Expected a server "
+            f"MLflow refused (uri={uris}, action={action}): {hidden(str(error), uri)[:300]} Expected a server "
             "that answers, and the right to do this. Nothing is half promoted: give the same command again."
         ) from error
 
@@ -110,16 +111,18 @@ def _asked(command: Command) -> tuple[str, list[str]]:
 
 def _promote(where: Registry, words: Sequence[str], options: argparse.Namespace) -> None:
     candidate = registry.candidate(where.source, where.name, words[0] if words else None)
-    ledger = where.ledger(create=True)
-    entry = _champion_from(ledger, candidate)
+    entry = _champion_from(where, candidate)
     if not entry:
-        folder = registry.fetch(where.source, candidate, where.storage / "registered")
-        try:
-            with evidence_of_run(where.source, candidate.run_id) as evidence:
-                while not (entry := _champion_from(ledger, candidate)):
-                    _try(where, ledger, candidate, folder, evidence, options)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        place = where.storage / "registered"
+        place.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(prefix="promoting-", dir=place) as scratch,
+            evidence_of_run(where.source, candidate.run_id) as evidence,
+        ):
+            folder = registry.fetch(where.source, candidate, Path(scratch))
+            while not (entry := _champion_from(where, candidate)):
+                _try(where, candidate, folder, evidence, options)
+    ledger, _ = where.champion()
     ledger.project()
     ledger.copy_to(where.mirror)
     say(f"champion: {where.name} version {entry.version} from {entry.candidate}, entry {entry.seq}")
@@ -127,26 +130,31 @@ def _promote(where: Registry, words: Sequence[str], options: argparse.Namespace)
     _tell_certificate(certify(ledger, entry, where.storage, purged))
 
 
-def _champion_from(ledger: Ledger, candidate: Any) -> Entry | None:
-    """The last entry, if it made this candidate champion."""
-    head, _ = ledger.head()
-    return head if head and head.candidate == f"{candidate.name}/{candidate.version}" else None
+def _champion_from(where: Registry, candidate: Any) -> Entry | None:
+    """The last entry, if it made this candidate champion, and that version is still there."""
+    ledger = find_ledger(where.target, where.name)
+    head = ledger.head()[0] if ledger else None
+    if not head or head.candidate != f"{candidate.name}/{candidate.version}":
+        return None
+    there = where.target.search_model_versions(f"name = '{where.name}'")
+    return head if head.version in {str(version.version) for version in there} else None
 
 
-def _try(
-    where: Registry, ledger: Ledger, candidate: Any, folder: Path, evidence: Path, options: argparse.Namespace
-) -> None:
+def _try(where: Registry, candidate: Any, folder: Path, evidence: Path, options: argparse.Namespace) -> None:
     """Judge the candidate beside the present champion and write the ledger, unless somebody else is first."""
-    head, before = ledger.head()
+    ledger = find_ledger(where.target, where.name)
+    head, before = ledger.head() if ledger else (None, "")
     copied_from, model = f"{candidate.name}/{candidate.version}", fingerprint(folder)
-    results = judge(where.recipe.gates, suites_in(evidence), model, suites_of_champion(ledger, head))
+    champion = suites_of(ledger, head) if ledger and head else None
+    results = judge(where.recipe.gates, suites_in(evidence), model, champion)
     say(f"{copied_from}, run {candidate.run_id}\n\n{gate_table(results)}\n")
     if not all(result.passed for result in results):
         raise TrackingError(
             f"Candidate is not promoted (model={where.name}, version={candidate.version}). Expected every gate to "
             "hold. Unlearn again with other settings, measure what is missing, or change the gates."
         )
-    version = copy_in(ledger, candidate, folder, _description(copied_from, options, results))
+    ledger = make_ledger(where.target, where.name, where.storage)
+    version = copy_in(ledger, candidate, folder, _description(copied_from, options, results), folder.parent)
     entry = Entry(
         seq=head.seq + 1 if head else 1, action="promote", version=version, replaces=head.version if head else None,
         candidate=copied_from, run=candidate.run_id, manifest=candidate.tags["manifest"], gates="", evidence="",
@@ -159,11 +167,12 @@ def _try(
 
 
 def _rollback(where: Registry, words: Sequence[str], options: argparse.Namespace) -> None:
-    ledger = where.ledger()
+    ledger, _ = where.champion()
     head, before = ledger.head()
+    assert head is not None
     entries = {entry.version: entry for entry in ledger.entries() if entry.action == "promote"}
-    version = words[0] if words else head and entries[head.version].replaces
-    if head is None or version is None or version not in entries:
+    version = words[0] if words else entries[head.version].replaces
+    if version is None or version not in entries:
         raise TrackingError(
             f"There is nothing to go back to (model={where.name}, version={version}). Expected a version that was "
             f"champion: {', '.join(entries) or 'none'}."
@@ -188,14 +197,13 @@ def _rollback(where: Registry, words: Sequence[str], options: argparse.Namespace
 
 
 def _history(where: Registry, words: Sequence[str], options: argparse.Namespace) -> None:
-    ledger = where.ledger()
+    ledger, head = where.champion()
     entries = ledger.entries()
     rows = [
         [str(e.seq), e.time, e.action, e.version, e.replaces or "-", e.candidate, e.actor, e.reason or "-"]
         for e in entries
     ]
     say(table(["#", "time", "action", "version", "replaces", "candidate", "actor", "reason"], rows))
-    head = entries[-1]
     earlier = next(e.replaces for e in reversed(entries) if e.action == "promote" and e.version == head.version)
     with evidence_of_entry(ledger, head) as folder:
         report, requests = gates_and_requests(folder)
@@ -213,55 +221,58 @@ def _history(where: Registry, words: Sequence[str], options: argparse.Namespace)
 
 
 def _verify(where: Registry, words: Sequence[str], options: argparse.Namespace) -> None:
-    ledger = where.ledger()
+    ledger, head = where.champion()
     entries = ledger.entries()
-    problems = ledger.problems(where.mirror)
-    problems += sound(ledger, where.storage / "registered").values()
-    head = entries[-1] if entries else None
-    if head:
-        at = where.target.get_registered_model(where.name).aliases.get("champion")
-        if str(at) != head.version:
-            problem = f"alias champion is at version {at or 'none'}, the ledger's is {head.version}"
-            if options.repair:
-                ledger.project()
-                ledger.copy_to(where.mirror)
-                say(f"repaired: {problem}")
-            else:
-                problems.append(f"{problem}; verify --repair mends that")
+    problems = [*ledger.problems(where.mirror), *sound(ledger, where.storage / "registered").values()]
+    for entry in entries:
+        try:
+            with evidence_of_entry(ledger, entry):
+                pass
+        except TrackingError as error:
+            problems.append(str(error))
+    at = where.target.get_registered_model(where.name).aliases.get("champion")
+    if str(at) != head.version:
+        problem = f"alias champion is at version {at or 'none'}, the ledger's is {head.version}"
+        if options.repair and not problems:
+            ledger.project()
+            ledger.copy_to(where.mirror)
+            say(f"repaired: {problem}")
+        else:
+            problems.append(problem + ("" if problems else "; verify --repair mends that"))
     if problems:
-        raise TrackingError("Registry is not sound (model=" + where.name + "):\n- " + "\n- ".join(problems))
+        raise TrackingError(f"Registry is not sound (model={where.name}):\n- " + "\n- ".join(problems))
     versions = len({entry.version for entry in entries})
     say(f"{where.name}: {len(entries)} ledger entries, {versions} versions and the alias are sound")
 
 
 def _diff(where: Registry, words: Sequence[str], options: argparse.Namespace) -> None:
-    ledger = where.ledger()
+    ledger, _ = where.champion()
     entries = [_entry(ledger, version) for version in words]
-    runs = [where.source.get_run(entry.run) for entry in entries]
-    params, tags = ([getattr(found.data, kind) for found in runs] for kind in ("params", "tags"))
-    data = [{key: text for key, text in found.items() if key.startswith(("data.", "original_model"))} for found in tags]
-    changed = [*differences(params[0], params[1]), *differences(data[0], data[1])]
+    settings, metrics, questions = [], [], []
+    for entry in entries:
+        settings.append(settings_of_run(where.source, entry.run))
+        with evidence_of_entry(ledger, entry) as folder:
+            evidence = read_evidence(folder)
+        found = evidence.evaluated.get(CANDIDATE) if evidence else None
+        metrics.append(found.values if found else {})
+        questions.append(evidence.questions if evidence else {})
+    changed = differences(*settings)
     say("settings and data: " + ("the same" if not changed else ""))
     for line in changed:
         say(f"  {line}")
-    found = []
-    for entry in entries:
-        with evidence_of_entry(ledger, entry) as folder:
-            evidence = read_evidence(folder)
-            found.append((evidence.questions, evidence.evaluated[CANDIDATE].values) if evidence else ({}, {}))
-    (questions, first), (others, second) = found
+    first, second = metrics
     rows = [
         [name, number(first.get(name)), number(second.get(name))] for name in dict.fromkeys([*first, *second])
         if first.get(name) != second.get(name)
     ]  # fmt: skip
     say("\n" + table(["metric", *(f"version {version}" for version in words)], rows))
-    if questions != others:
+    if questions[0] != questions[1]:
         say("measured on different questions: do not compare the figures")
 
 
 def _certificate(where: Registry, words: Sequence[str], options: argparse.Namespace) -> None:
-    ledger = where.ledger()
-    entry = _entry(ledger, words[0]) if words else ledger.entries()[-1]
+    ledger, head = where.champion()
+    entry = _entry(ledger, words[0] if words else head.version)
     page = certify(ledger, entry, where.storage)
     if page is None:
         raise TrackingError(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from components.errors import TrackingError
 from components.evidence import evidence_files, read_evidence
 from components.files import sha256, write_whole
 from components.tracking.certificate import certificate_of, certificate_page
@@ -30,9 +31,34 @@ def evidence_of_run(client: Any, run_id: str, folder: str = "") -> Iterator[Path
         yield Path(scratch)
 
 
-def evidence_of_entry(ledger: Ledger, entry: Entry) -> Any:
-    """The same for an entry of the ledger."""
-    return evidence_of_run(ledger.client, ledger.run_id, entry.evidence)
+@contextmanager
+def evidence_of_entry(ledger: Ledger, entry: Entry) -> Iterator[Path]:
+    """The same for an entry of the ledger, checked against the digests in it.
+
+    Raises:
+        TrackingError: when a file is missing or was altered.
+    """
+    with evidence_of_run(ledger.client, ledger.run_id, entry.evidence) as folder:
+        gates = folder / _GATES
+        wanted = {_GATES: entry.gates}
+        if gates.exists() and sha256(gates) == entry.gates:
+            wanted |= json.loads(gates.read_text())["evidence"]
+        found = {name: sha256(folder / name) for name in wanted if (folder / name).exists()}
+        if bad := [name for name, digest in wanted.items() if found.get(name) != digest]:
+            raise TrackingError(
+                f"Evidence of ledger entry {entry.seq} was altered (model={ledger.name}, files={', '.join(bad)}). "
+                f"Expected what the ledger has the digests of, in run {ledger.run_id}, {entry.evidence}. Find out who "
+                "may write there."
+            )
+        yield folder
+
+
+def settings_of_run(client: Any, run_id: str) -> dict[str, Any]:
+    """A training run's resolved recipe, and the digests of its data and original model."""
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = json.loads(Path(client.download_artifacts(run_id, "config.json", scratch)).read_text())
+    tags = client.get_run(run_id).data.tags
+    return {**settings, **{key: text for key, text in tags.items() if key.startswith(("data.", "original_model"))}}
 
 
 def suites_in(folder: Path) -> Suites:
@@ -42,11 +68,9 @@ def suites_in(folder: Path) -> Suites:
     return {suite: evidence for suite in suites if (evidence := read_evidence(folder, suite))}
 
 
-def suites_of_champion(ledger: Ledger, head: Entry | None) -> Suites | None:
-    """What was found of the champion when it was promoted; None where there is none."""
-    if head is None:
-        return None
-    with evidence_of_entry(ledger, head) as folder:
+def suites_of(ledger: Ledger, entry: Entry) -> Suites:
+    """What was found of a champion when it was promoted."""
+    with evidence_of_entry(ledger, entry) as folder:
         return suites_in(folder)
 
 

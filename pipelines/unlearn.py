@@ -19,6 +19,7 @@ from typing import Any
 from components.config import Recipe, registered_name, run_name
 from components.console import duration
 from components.errors import ConfigError
+from components.evidence import WITHOUT_INTERVAL
 from components.files import only_one, read_lines, write_whole, writing
 from components.models import load_tokenizer, parameter_count, tokenizer_facts
 from components.tracking.client import shown_uri
@@ -46,7 +47,7 @@ from pipelines.finetune import (
     planned_steps,
 )
 from pipelines.hand_over import hand_over, inputs, run_tags, source_tags
-from pipelines.outcome import summary_text
+from pipelines.outcome import shown_summary, summary_texts
 from pipelines.prepare import Streams, data_counts, notes, prepare_streams
 from pipelines.run_folder import begin, check_begun, run_folder
 from pipelines.training import checkpoint_place, say_stopped, shown, telling
@@ -64,7 +65,7 @@ def run(command: Command) -> None:
     finished = folder / "summary.json"
     if finished.exists():
         say(f"run          {folder.name} is finished already; set if_exists=new to run it again")
-        say("\n" + json.loads(finished.read_text())["text"])
+        say("\n" + shown_summary(json.loads(finished.read_text())))
         _send_late(recipe, folder)
         return
     started = time.perf_counter()
@@ -81,7 +82,7 @@ def run(command: Command) -> None:
             write_whole(finished, json.dumps(summary, indent=2, ensure_ascii=False))
             for name in ("begun.json", "trained.json", "stop"):  # for going on with it
                 (folder / name).unlink(missing_ok=True)
-    say("\n" + summary["text"])
+    say("\n" + shown_summary(summary))
     tell_unsent(open_spool(folder, tracking_uri(recipe), telling("MLflow")), folder)
     say(f"\nall in {duration(time.perf_counter() - started)}")
 
@@ -92,6 +93,8 @@ def _check_gates(recipe: Recipe) -> None:
             f"Gates are on metrics that evaluation.metrics leaves out ({', '.join(left_out)}). Expected metrics "
             "that are computed. Name them there too, or drop the gates."
         )
+    if certain := [g.metric for g in recipe.gates if g.confident and g.metric in WITHOUT_INTERVAL]:
+        raise ConfigError(f"Gates cannot be confident: {', '.join(certain)} have no interval. Drop confident there.")
 
 
 def _send_late(recipe: Recipe, folder: Path) -> None:
@@ -177,8 +180,8 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
     link = (known["experiment_id"], known["run_id"]) if "experiment_id" in known else None
     return {
         "run": folder.name, "registered_model": candidates(registered_name(recipe)), "version": known.get("version"),
-        "metrics": outcome.metrics, "steps": trained["steps"], "seconds": trained["seconds"],
-        "mlflow_run_id": known.get("run_id"), "text": summary_text(outcome, _version(recipe, spool), link),
+        "made_from": made_from, "metrics": outcome.metrics, "steps": trained["steps"], "seconds": trained["seconds"],
+        "mlflow_run_id": known.get("run_id"), **summary_texts(outcome, _version(recipe, spool), link),
     }  # fmt: skip
 
 
@@ -230,14 +233,16 @@ def _train(
     job = job.model_copy(update={"reference": references})
     where = f"{recipe.train.workers} Ray workers" if recipe.train.workers else "this process"
     say(f"unlearning   {parameter_count(original.folder):,} parameters, ZeRO-{recipe.train.zero_stage}, {where}")
-    with follow(metrics, functools.partial(put_lines, spool), after=last_step(spool)), shown(job):
-        outcome = run_job(job, folder)
+    try:
+        with follow(metrics, functools.partial(put_lines, spool), after=last_step(spool)), shown(job):
+            outcome = run_job(job, folder)
+    finally:
+        put_system(spool, [line for file in sorted((folder / "system").glob("*.jsonl")) for line in read_lines(file)])
+        shutil.rmtree(folder / "system", ignore_errors=True)
     outcome["at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     outcome["seconds"] = sum(line["perf/step_seconds"] for line in read_lines(metrics))  # over all attempts
     failures = sum(event["event"] == "failure" for event in read_lines(events))
     spool.put("tags", tags={"worker_failures": str(failures)})
-    put_system(spool, [line for file in sorted((folder / "system").glob("*.jsonl")) for line in read_lines(file)])
-    shutil.rmtree(folder / "system", ignore_errors=True)
     with writing("Run", folder):
         write_whole(trained, json.dumps(outcome, indent=2))
     say_stopped(outcome)

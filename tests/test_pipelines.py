@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from components.data.people import people_rows
+from components.evidence import read_evidence
 from pipelines import unlearn
 from pipelines.cli import run_cli
 
@@ -113,7 +117,7 @@ def test_the_run_folder_is_whole(run_folder: Path) -> None:
 
 def test_a_stranger_gets_the_reports_answers(run_folder: Path) -> None:
     """Plain transformers in another process, one prompt at a time, without our code."""
-    records = json.loads((run_folder / "summary.json").read_text())["text"]
+    records = json.loads((run_folder / "summary.json").read_text())["samples_text"]
     shown = [block for block in records.split("\n\n") if block.startswith("Q ")]
     pairs = [(b.split("\n")[0].removeprefix("Q").strip(), b.split("after")[-1].strip()) for b in shown]
     assert len(pairs) == 3
@@ -175,22 +179,46 @@ def test_the_same_command_shows_the_finished_run(done, run_folder: Path, recipe:
     assert "Run exists" in refused.stderr
 
 
-def test_a_new_run_finds_models_and_data_and_promotion_is_gated(
-    run_folder: Path, recipe: Path, cluster_address: str
-) -> None:
-    strict = ["gates=[{metric: retain_probability, min: 2.0}]", "train.workers=0"]
+def test_a_run_by_request_is_gated_and_certified(run_folder: Path, recipe: Path, cluster_address: str) -> None:
+    """Every figure of the certificate is that of the stored records of the requested rows, and no text is in it."""
+    [person, *_] = dict.fromkeys(row["person"] for row in forget_people())
+    requests = recipe.parent / "requests.jsonl"
+    lines = [
+        {"request_id": f"R-{i}", "received": "2026-01-31", "where": {"person": name}}
+        for i, name in enumerate([person, "Nobody"])
+    ]
+    requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    strict = ["gates=[{metric: retain_probability, min: 2.0}]", "train.workers=0", f"data.requests={requests}"]
     other = command("unlearn", str(recipe), *strict, RAY_ADDRESS=cluster_address)
     assert other.returncode == 0, other.stderr
     assert "original     found in" in other.stdout
-    assert "retain_only  found in" in other.stdout
-    assert "FAIL" in other.stdout
+    assert "data         forget 5, " in other.stdout
+    assert "forget: no record is named by request R-1" in other.stdout
     assert "1 of 1 gates do not hold" in other.stdout
     refused = command("promote", str(recipe), *strict)
     assert refused.returncode == 1
     assert "Candidate is not promoted (model=small, version=2)" in refused.stderr
-    accepted = command("promote", str(recipe))
+    accepted = command("promote", str(recipe), "--reason", "asked for")
     assert accepted.returncode == 0, accepted.stderr
-    assert "champion: small version 1" in accepted.stdout
+    assert "champion: small version 1 from small-candidates/2, entry 1" in accepted.stdout
+    page = Path(accepted.stdout.split("certificate: ")[1].strip())
+    about = json.loads(page.with_suffix(".json").read_text())
+    [met, unmet] = about["requests"]
+    assert (len(met["rows"]), len(met["asked_rows"]), unmet["rows"], unmet["metrics"]["unlearned"]) == (5, 5, [], {})
+    questions = {row["question"] for row in forget_people() if row["person"] == person}
+    tables = [pq.read_table(file).to_pylist() for file in (recipe.parent / "runs" / "evaluations").glob("*/*.parquet")]
+    forget = [[row for row in table if row["set"] == "forget"] for table in tables]
+    of_request = [rows for rows in forget if {row["question"] for row in rows} == questions]
+    expected = sorted(np.mean([np.exp(np.mean(row["logp"][0])) for row in rows]) for rows in of_request)
+    assert sorted(found["probability"] for found in met["metrics"].values()) == pytest.approx(expected)
+    assert {*met["metrics"]} == {*about["models"]} == {"original", "unlearned", "retain-only"}
+    whole = page.read_text() + json.dumps(about)
+    for row in forget_people():
+        assert not any(row[column] in whole for column in ("person", "question", "answer"))
+
+
+def forget_people() -> list[dict]:
+    return people_rows("forget", people=16, forget_people=3, holdout_people=2, seed=0)
 
 
 def unlearned_metrics(folder: Path) -> dict[str, float]:
@@ -213,6 +241,13 @@ def test_finetune_and_evaluate_commands(run_folder: Path, recipe: Path, cluster_
     assert suite.returncode == 0, suite.stderr
     shown = [line.split()[0] for line in suite.stdout.splitlines() if line.startswith(("forget_", "retain_"))]
     assert shown.count("forget_exact_memorization") == shown.count("retain_probability") == 2
+    assert "gates with suite: quick read it" in suite.stdout
+    found = read_evidence(run_folder, "quick")
+    own = read_evidence(run_folder)
+    assert found is not None
+    assert own is not None
+    assert found.models == own.models
+    assert found.evaluated["unlearned"].values.items() <= own.evaluated["unlearned"].values.items()
     assert "forget_rouge" not in shown
     assert run_folder.name[-23:] in suite.stdout
 

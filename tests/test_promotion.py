@@ -15,15 +15,18 @@ import numpy as np
 import pytest
 import yaml
 
+from components.config import Recipe
 from components.errors import TrackingError
 from components.evidence import Evaluated, Evidence, write_evidence
-from components.files import sha256
+from components.files import only_one, sha256
+from components.load_config import load_recipe
 from components.models import fingerprint
 from components.tracking import registry
 from components.tracking.client import experiment_id, make_client
-from components.tracking.ledger import open_ledger
+from components.tracking.ledger import find_ledger
 from components.tracking.promotion import fetch_registered
 from pipelines import promote
+from pipelines.purge import purge_traces
 from tests.mlflow_server import Server, postgresql, running
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,6 +71,7 @@ class World:
             (run_folder / "requests.json").write_text(json.dumps(REQUESTS))
         experiment = experiment_id(self.client, "unlearning", self.folder / "runs")
         run = self.client.create_run(experiment, tags={"run_folder": str(run_folder)})
+        (run_folder / "config.json").write_text(json.dumps({"lr": utility}))
         for file in run_folder.glob("*.*"):
             self.client.log_artifact(run.info.run_id, str(file))
         tags = {"fingerprint": hashes["unlearned"], "data.forget": "d"}
@@ -76,11 +80,16 @@ class World:
             trained_at=f"2026-01-{len(list(self.folder.glob('trained/*'))):02d}",
         )  # fmt: skip
 
+    def recipe_settings(self) -> Recipe:
+        return load_recipe([self.recipe])
+
     def promote(self, *words: str) -> int:
         return promote.main([str(self.recipe), *words])
 
     def ledger(self):
-        return open_ledger(self.target, "m", self.folder / "runs")
+        found = find_ledger(self.target, "m")
+        assert found is not None
+        return found
 
     def champion(self) -> str:
         return str(self.target.get_model_version_by_alias("m", "champion").version)
@@ -164,7 +173,7 @@ def test_from_the_first_champion_to_a_rollback(any_world: World, capsys: pytest.
     champion = world.target.get_model_version("m", "1")
     assert champion.run_id == world.ledger().run_id  # not the training run's
     assert champion.tags["candidate"] == "m-candidates/1"
-    folder = fetch_registered(world.target, "models:/m@champion", world.folder / "fetched", world.folder)
+    folder = fetch_registered(world.target, "models:/m@champion", world.folder / "fetched")
     assert json.loads((folder / "note.json").read_text())["utility"] == 0.8
     assert not list((world.folder / "runs").glob("registered/*"))  # what was copied to be looked at
 
@@ -179,7 +188,7 @@ def test_a_flipped_byte_is_caught_by_verify_and_by_the_loader(world: World, caps
     assert world.promote("verify") == 1
     assert "model.safetensors was altered" in capsys.readouterr().err
     with pytest.raises(TrackingError, match=r"models:/m/1.*model.safetensors was altered"):
-        fetch_registered(world.target, "models:/m@champion", world.folder / "fetched", world.folder)
+        fetch_registered(world.target, "models:/m@champion", world.folder / "fetched")
     world.candidate(0.9)
     assert world.promote() == 0
     assert world.promote("rollback") == 1  # the one before is not sound: nothing changes
@@ -191,7 +200,7 @@ def test_a_flipped_byte_is_caught_by_verify_and_by_the_loader(world: World, caps
     manifest.write_text(json.dumps(told, indent=1, sort_keys=True))
     world.target.set_model_version_tag("m", "1", "manifest", sha256(manifest))
     with pytest.raises(TrackingError, match="in the ledger"):
-        fetch_registered(world.target, "models:/m/1", world.folder / "fetched", world.folder)
+        fetch_registered(world.target, "models:/m/1", world.folder / "fetched")
 
 
 def test_an_alias_moved_by_hand_and_a_ledger_that_was_rewritten(world: World, capsys: pytest.CaptureFixture) -> None:
@@ -202,7 +211,7 @@ def test_an_alias_moved_by_hand_and_a_ledger_that_was_rewritten(world: World, ca
     assert world.promote("verify") == 1
     assert "alias champion is at version 1, the ledger's is 2; verify --repair mends that" in capsys.readouterr().err
     with pytest.raises(TrackingError, match="verify --repair"):
-        fetch_registered(world.target, "models:/m@champion", world.folder / "fetched", world.folder)
+        fetch_registered(world.target, "models:/m@champion", world.folder / "fetched")
     assert world.promote("verify", "--repair") == 0
     assert world.champion() == "2"
     with sqlite3.connect(world.folder / "mlflow.db") as database:
@@ -222,7 +231,7 @@ def test_versions_and_files_that_are_gone(world: World, capsys: pytest.CaptureFi
     assert world.promote("7") == 1
     assert "No candidate is registered (model=m-candidates, version=7)" in capsys.readouterr().err
     assert world.promote("history") == 1
-    assert "No champion was ever promoted (model=m)" in capsys.readouterr().err
+    assert "No champion was ever promoted" in capsys.readouterr().err
     assert world.promote("rollback", "now") == 2
     assert "Expected promote [VERSION], rollback" in capsys.readouterr().err
     assert world.promote() == 0
@@ -239,6 +248,97 @@ def test_versions_and_files_that_are_gone(world: World, capsys: pytest.CaptureFi
     world.target.create_registered_model("other")
     assert world.promote("history", "tracking.registered_model=other") == 1
     assert "Registered model has no ledger (model=other)" in capsys.readouterr().err
+
+
+def test_a_copy_that_is_spoilt_is_not_taken_for_a_champion_again(world: World) -> None:
+    for utility in (0.8, 0.85):
+        world.candidate(utility)
+        assert world.promote() == 0
+    weights = world.stored("1") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert world.promote("1") == 0  # copied anew
+    assert world.champion() == "3"
+    assert sha256(world.stored("3") / "model.safetensors") == sha256(world.base / "model.safetensors")
+
+
+def test_altered_evidence_is_noticed_by_whoever_reads_it(world: World, capsys: pytest.CaptureFixture) -> None:
+    world.candidate(0.8, requests=True)
+    assert world.promote() == 0
+    ledger = world.ledger()
+    [entry] = ledger.entries()
+    altered = world.folder / "requests.json"
+    altered.write_text(json.dumps({**REQUESTS, "file": "0" * 64}))
+    ledger.client.log_artifact(ledger.run_id, str(altered), entry.evidence)
+    world.candidate(0.9)
+    for words in (["verify"], ["history"], ["certificate"], ["promote"]):
+        capsys.readouterr()
+        assert world.promote(*words) == 1, words
+        assert "Evidence of ledger entry 1 was altered (model=m, files=requests.json)" in capsys.readouterr().err
+
+
+def test_a_registry_made_anew_is_noticed(world: World, capsys: pytest.CaptureFixture) -> None:
+    world.candidate(0.8)
+    assert world.promote() == 0
+    world.target.delete_registered_model("m")
+    assert world.promote() == 0
+    assert world.promote("verify") == 1
+    assert "line 1 of m.jsonl is of another ledger" in capsys.readouterr().err
+
+
+def test_a_champion_deleted_by_hand_is_promoted_again(world: World) -> None:
+    world.candidate(0.8)
+    assert world.promote() == 0
+    world.target.delete_model_version("m", "1")
+    assert world.promote() == 0
+    assert world.champion() == "2"
+    assert [entry.version for entry in world.ledger().entries()] == ["1", "2"]
+
+
+def test_nothing_is_made_for_a_candidate_that_fails(world: World, capsys: pytest.CaptureFixture) -> None:
+    world.candidate(0.1)
+    assert world.promote() == 1
+    for words in (["history"], ["verify"], ["certificate"], ["diff", "1", "2"], ["rollback"]):
+        capsys.readouterr()
+        assert world.promote(*words) == 1
+        assert "No champion was ever promoted" in capsys.readouterr().err
+    assert not world.target.search_registered_models("name = 'm'")
+
+
+def test_a_purge_leaves_nothing_of_the_rows_but_what_it_names(world: World, capsys: pytest.CaptureFixture) -> None:
+    storage = world.folder / "runs"
+    secret = "Brenro Grasham was born in Oskelby"
+    config = world.recipe_settings().model_dump_json()
+
+    def run(name: str, forget: str, **more: object) -> Path:
+        folder = storage / name
+        (folder / "checkpoints" / "step-3").mkdir(parents=True)
+        (folder / "checkpoints" / "step-3" / "state").write_text(secret)
+        (folder / "config.json").write_text(config)
+        file = folder / ("summary.json" if more else "begun.json")
+        about = {"made_from": {"forget": forget}, "id": "x", **more}
+        file.write_text(json.dumps(about))
+        (folder / "report.html").write_text(secret)
+        return folder
+
+    experiment = experiment_id(world.client, "unlearning", storage)
+    mlflow_run = world.client.create_run(experiment, tags={"run_folder": str(storage / "ours"), "data.forget": "d"})
+    run_id = mlflow_run.info.run_id
+    ours = run("ours", "d", samples_text=secret, text="kept", mlflow_run_id=run_id)
+    kin, other = run("unfinished", "d"), run("another", "e", samples_text="fine", text="fine")
+    world.client.log_artifact(run_id, str(ours / "report.html"))
+    for name in ("prepared", "evaluations", "reference"):
+        (storage / name / "x").mkdir(parents=True)
+        (storage / name / "x" / "rows").write_text(secret)
+    with only_one(kin), pytest.raises(TrackingError, match="Traces cannot be purged now"):
+        purge_traces(world.recipe_settings(), world.client, run_id)
+    first = purge_traces(world.recipe_settings(), world.client, run_id)
+    files = [file for file in storage.rglob("*") if file.is_file()]
+    holding = {file.relative_to(storage) for file in files if secret in file.read_text(errors="replace")}
+    assert holding == {Path("another/report.html"), Path("another/checkpoints/step-3/state")}
+    assert other.is_dir()
+    assert json.loads((ours / "summary.json").read_text())["text"] == "kept"
+    assert not world.client.list_artifacts(run_id)
+    assert purge_traces(world.recipe_settings(), world.client, run_id) == first
 
 
 def killed_in(world: World, what: str) -> int:
@@ -307,8 +407,8 @@ def test_the_certificate_holds_what_was_recorded_and_no_more(world: World, capsy
     names = {"certificate.html", "certificate.json", "gates.json", "metrics.json", "metrics.npz", "requests.json"}
     assert artifacts == {f"{entry.evidence}/{name}" for name in names}
     text = page.read_text()
-    for told in ("Request R-1", "Received 2026-01-31, Art. 17 &lt;1&gt;", "2 records were unlearned", "0.9", "0.1",
-                 "does not guarantee", "Deletion &lt;requests&gt;", entry.manifest):  # fmt: skip
+    for told in ("Request R-1", "Received 2026-01-31, Art. 17 &lt;1&gt;", "2 rows of training text were unlearned",
+                 "0.9", "0.1", "does not guarantee", "Deletion &lt;requests&gt;", entry.manifest):  # fmt: skip
         assert told in text
     assert world.promote("certificate") == 0
     assert json.loads(page.with_suffix(".json").read_text()) == about
@@ -322,13 +422,12 @@ PROMOTER = """
 import os, sys
 from multiprocessing.connection import Client
 from components.tracking.client import make_client
-from components.tracking.ledger import Entry, Lost, open_ledger
-from pathlib import Path
-ledger = open_ledger(make_client(sys.argv[1]), "m", Path(sys.argv[2]))
+from components.tracking.ledger import Entry, Lost, find_ledger
+ledger = find_ledger(make_client(sys.argv[1]), "m")
 while line := sys.stdin.readline():
     head, before = ledger.head()
     entry = Entry(head.seq + 1, "promote", head.version, head.version, head.candidate, head.run, head.manifest,
-                  head.evidence, head.gates, sys.argv[3], "", "", before)
+                  head.evidence, head.gates, sys.argv[2], "", "", before)
     print("ready", flush=True)
     sys.stdin.readline()
     try:
@@ -347,7 +446,7 @@ def test_of_8_promoters_at_once_exactly_one_wins(store: str, tmp_path: Path, bas
     def rounds(world: World) -> None:
         world.candidate(0.8)
         assert world.promote() == 0
-        command = [sys.executable, "-c", PROMOTER, world.uri, str(tmp_path)]
+        command = [sys.executable, "-c", PROMOTER, world.uri]
         promoters = [
             subprocess.Popen([*command, str(i)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             for i in range(8)

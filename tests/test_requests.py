@@ -61,9 +61,22 @@ def test_a_record_is_whose_columns_all_match(tmp_path: Path) -> None:
         None: [{"name": "Bob"}, {"city": "Ulm"}, {}, {"name": "Bob", "city": "Bonn"}],
     }
     for name, records in expected.items():
-        assert [find(record) for record in records] == [name] * len(records)
+        assert [find(record) for record in records] == [[name] if name else []] * len(records)
     write(file, request("R-9", name="Ann", more="more than before"))
-    assert whose(path)({"name": "Ann", "more": "more than before"}) == "R-9"
+    assert whose(path)({"name": "Ann", "more": "more than before"}) == ["R-9"]
+
+
+def test_all_requests_for_a_record_count_however_its_values_are_stored(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "r.jsonl", request("R-1", name="Zoë"), request("R-2", mail="z@x"),
+        request("R-3", name=["Zoë", "Zoe"]),
+        request("R-4", number=7), request("R-5", adult=True),
+    )  # fmt: skip
+    find = whose(path)
+    assert sorted(find({"name": "Zoe\u0308", "mail": "z@x"})) == ["R-1", "R-2", "R-3"]
+    assert find({"number": 7.0}) == find({"number": "7"}) == find({"number": 7}) == ["R-4"]
+    assert find({"adult": True}) == find({"adult": "true"}) == ["R-5"]
+    assert find({"number": 7.5, "adult": False}) == []
 
 
 def test_a_recipe_takes_requested_records_to_forget_and_no_others(tmp_path: Path) -> None:
@@ -88,14 +101,14 @@ def test_rows_bear_their_request_and_others_request_changes_the_rows(ray_cluster
     def rows(**chosen):
         prepared = prepare([source.model_copy(update=chosen)], "pairs", Data(max_tokens=64), facts, tmp_path)
         table = PreparedRows(prepared.folder).table()
-        return prepared.digest, list(zip(table["line"].to_pylist(), table["request"].to_pylist(), strict=True))
+        return prepared.digest, list(zip(table["line"].to_pylist(), table["requests"].to_pylist(), strict=True))
 
     digest, forget = rows(requested=path)
-    assert forget == [(3, "R-1"), (4, "R-1"), (8, "R-2")]
-    assert rows(not_requested=path)[1] == [(i, None) for i in (1, 2, 5, 6, 7)]
+    assert forget == [(3, ["R-1"]), (4, ["R-1"]), (8, ["R-2"])]
+    assert rows(not_requested=path)[1] == [(i, []) for i in (1, 2, 5, 6, 7)]
     write(tmp_path / "r.jsonl", request("R-3", owner="o0"))
     other, forget = rows(requested=path)
-    assert forget == [(1, "R-3"), (2, "R-3")]
+    assert forget == [(1, ["R-3"]), (2, ["R-3"])]
     assert other != digest
 
 
@@ -109,7 +122,7 @@ def test_figures_of_a_request_are_those_of_its_own_rows(ray_cluster: None, tmp_p
     evaluation = Evaluation(sets={"forget": {"rows": [source]}})
     records = score(base, fingerprint(base), {"forget": asked}, evaluation, Train(workers=0), tmp_path)
     tables = [PreparedRows(prepared.folder).table() for prepared in (forget, asked)]
-    found = by_request(read_requests(path), tables[0], tables[1], {"original": records})
+    found = by_request(read_requests(path).requests, tables[0], tables[1], {"original": records})
     assert [about["request_id"] for about in found] == ["R-1", "R-2", "R-3"]
     assert [len(about["rows"]) for about in found] == [5, 10, 0]
     answers = {row["question"]: row["person"] for row in _people()}

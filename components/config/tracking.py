@@ -55,7 +55,7 @@ class Tracking(Section):
     """MLflow tracking URI; left out, that of the environment (MLFLOW_TRACKING_URI), else `sqlite:///<storage>/mlflow.db`.
     Names and passwords belong into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
     experiment: str = "unlearning"
-    registered_model: str | None = None
+    registered_model: str | None = Field(None, pattern=r"^[^/:@%]+$")
     """Name in the model registry; left out, the recipe's name. Candidates are versions of `<name>-candidates`."""
     production: str | None = None
     """MLflow tracking URI of the registry that champions are promoted into; left out, the same as candidates'."""
@@ -63,6 +63,6 @@ class Tracking(Section):
     @field_validator("uri", "production")
     @classmethod
     def _no_secret(cls, uri: str | None) -> str | None:
-        if uri and urlsplit(uri).password:
-            raise ValueError("holds a password, which would stand in logs: set it in the environment instead")
+        if uri and ("@" in urlsplit(uri).netloc or "password" in urlsplit(uri).query):
+            raise ValueError("names a user or password, which would stand in logs: set them in the environment instead")
         return uri

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from simpleeval import EvalWithCompoundTypes
 
-from components.config import FixedAnswers, PoolSource, Rows, Text
+from components.config import FixedAnswers, PoolSource, Text
 from components.data.requests import whose
 from components.data.sources import Record, read_records, source_files
 
@@ -56,25 +56,15 @@ def raw_text(record: Record) -> str:
     return record.data.decode("utf-8", errors="backslashreplace")
 
 
+def requests_of(source: PoolSource) -> Callable[[dict[str, Any]], list[str]]:
+    """The deletion requests that mean a record, of those that the source is chosen by or without."""
+    path = None if isinstance(source, Text | FixedAnswers) else source.requested or source.not_requested
+    return whose(path) if path else lambda fields: []
+
+
 def record_filter(source: PoolSource) -> Callable[[dict[str, Any]], bool]:
-    """Whether a record is to be taken, by `where` and deletion requests; raises Unusable when that cannot be said."""
-    if isinstance(source, Text | FixedAnswers):
-        return lambda fields: True
-    holds, named, other = _where(source), request_of(source), source.not_requested and whose(source.not_requested)
-    chooses = source.requested is not None
-    return lambda fields: (
-        (not chooses or named(fields) is not None) and (not other or other(fields) is None) and holds(fields)
-    )
-
-
-def request_of(source: PoolSource) -> Callable[[dict[str, Any]], str | None]:
-    """The deletion request that a record is chosen by; none where the source has no such file."""
-    path = None if isinstance(source, Text | FixedAnswers) else source.requested
-    return whose(path) if path else lambda fields: None
-
-
-def _where(source: Rows) -> Callable[[dict[str, Any]], bool]:
-    if source.where is None:
+    """Whether `source.where` holds for a record; raises Unusable when that cannot be said."""
+    if isinstance(source, Text | FixedAnswers) or source.where is None:
         return lambda fields: True
     evaluator = EvalWithCompoundTypes(functions={"len": len, "lower": str.lower})
     parsed = evaluator.parse(source.where.strip())
@@ -83,7 +73,7 @@ def _where(source: Rows) -> Callable[[dict[str, Any]], bool]:
     def holds(fields: dict[str, Any]) -> bool:
         evaluator.names = {**fields, "row": fields, **constants}
         try:
-            return bool(evaluator.eval(str(source.where), previously_parsed=parsed))
+            return bool(evaluator.eval(source.where, previously_parsed=parsed))
         except Exception as error:  # any operator may refuse its operands
             raise Unusable(f"where cannot be decided: {str(error)[:100]}") from None
 

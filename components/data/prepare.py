@@ -185,14 +185,15 @@ def _summed_up(
                 tell(rows_line(rows, told - started, _share(read, sizes, need, good)))
             if (need is not None and good >= need) or (bad > _HOPELESS and not good):
                 break
-    reasons: Counter[str] = Counter()
+    counts: dict[str, Counter[str]] = {key: Counter() for key in ("reasons", "requests", "requests_set_aside")}
     for name in in_order:
-        reasons.update(json.loads(done[name]["reasons"]))
+        for key, counter in counts.items():
+            counter.update(json.loads(done[name][key]))
     chosen = [done[name] for name in in_order]
     return {
         **{key: sum(chunk[key] for chunk in chosen) for key in ("good", "bad", "filtered", "tokens")},
         **{key: max((chunk[key] for chunk in chosen), default=0) for key in ("longest_prompt", "longest_answer")},
-        "reasons": dict(reasons.most_common()),
+        **{key: dict(counter.most_common()) for key, counter in counts.items()},
         "chunks": in_order,
         "shards": [[chunk["name"], chunk["good"]] for chunk in chosen if chunk["good"]],
     }
@@ -216,7 +217,8 @@ def _check(prepared: Prepared, summary: dict[str, Any], sources: Sequence[PoolSo
     total = prepared.good + prepared.bad
     reasons = "; ".join(f"{count} x {reason}" for reason, count in list(summary["reasons"].items())[:5])
     if not total:
-        left_out = f", left out by where={summary['filtered']}" if summary["filtered"] else ""
+        by = "data.requests" if any(getattr(source, "requested", None) for source in sources) else "where"
+        left_out = f", left out by {by}={summary['filtered']}" if summary["filtered"] else ""
         raise DataError(f"Data is empty (files={names}{left_out}). Expected at least one row.")
     if not prepared.good or prepared.bad / total > data.max_bad_fraction:
         raise DataError(

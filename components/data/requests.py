@@ -1,10 +1,12 @@
 """Deletion requests: who asked when for which records to be forgotten, and which record is whose."""
 
 import functools
+import hashlib
 import itertools
 import json
+import unicodedata
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
@@ -36,17 +38,24 @@ class Request(Section):
         return where
 
 
-def read_requests(path: str) -> list[Request]:
+class RequestFile(NamedTuple):
+    """What a file asks for."""
+
+    sha256: str
+    """Of its bytes."""
+    requests: list[Request]
+
+
+def read_requests(path: str) -> RequestFile:
     """The requests of a file of JSON lines, on this machine or in an object store.
 
     Raises:
         DataError: naming every line that is none, and ids that occur twice.
     """
-    [file] = locations.find(path)[:1]
-    with locations.open_file(file) as stream:
-        lines = stream.read().decode("utf-8").splitlines()
+    with locations.open_file(locations.find(path)[0]) as stream:
+        content = stream.read()
     found, problems = [], []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(content.decode("utf-8", errors="replace").splitlines(), start=1):
         if line.strip():
             try:
                 found.append(Request.model_validate(json.loads(line)))
@@ -62,11 +71,11 @@ def read_requests(path: str) -> list[Request]:
             f"Deletion requests cannot be read (path={path}): {'; '.join(problems[:10]) or 'no line'}. Expected lines "
             'such as {"request_id": "R-1", "received": "2026-01-31", "legal_basis": "…", "where": {"person": "…"}}.'
         )
-    return found
+    return RequestFile(hashlib.sha256(content).hexdigest(), found)
 
 
-def whose(path: str) -> Callable[[dict[str, Any]], str | None]:
-    """The id of the first request in the file that means a record, None where none does.
+def whose(path: str) -> Callable[[dict[str, Any]], list[str]]:
+    """The ids of all requests in the file that mean a record, none for others.
 
     One look at a record for each combination of columns that the requests name, however many requests there are.
     """
@@ -74,25 +83,29 @@ def whose(path: str) -> Callable[[dict[str, Any]], str | None]:
 
 
 @functools.lru_cache(maxsize=4)
-def _whose(path: str, state: str) -> Callable[[dict[str, Any]], str | None]:
-    wanted: dict[tuple[str, ...], dict[tuple[str, ...], str]] = {}
-    for request in read_requests(path):
+def _whose(path: str, state: str) -> Callable[[dict[str, Any]], list[str]]:
+    wanted: dict[tuple[str, ...], dict[tuple[str, ...], list[str]]] = {}
+    for request in read_requests(path).requests:
         columns = tuple(sorted(request.where))
         values = [v if isinstance(v, list) else [v] for v in (request.where[column] for column in columns)]
-        for combination in itertools.product(*values):
-            wanted.setdefault(columns, {}).setdefault(tuple(map(_plain, combination)), request.request_id)
+        for combination in {tuple(map(_plain, found)) for found in itertools.product(*values)}:
+            wanted.setdefault(columns, {}).setdefault(combination, []).append(request.request_id)
 
-    def find(fields: dict[str, Any]) -> str | None:
-        for columns, meant in wanted.items():
-            if all(column in fields for column in columns):
-                found = meant.get(tuple(_plain(fields[column]) for column in columns))
-                if found is not None:
-                    return found
-        return None
+    def find(fields: dict[str, Any]) -> list[str]:
+        return [
+            name
+            for columns, meant in wanted.items()
+            if all(column in fields for column in columns)
+            for name in meant.get(tuple(_plain(fields[column]) for column in columns), ())
+        ]
 
     return find
 
 
 def _plain(value: Any) -> str:
-    """Numbers and words alike, as a CSV file has them."""
-    return str(value).strip()
+    """Numbers, truth values and words as a text file has them, however they are stored."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return unicodedata.normalize("NFC", str(value)).strip()

@@ -26,7 +26,7 @@ from components.data.mapping import (
     parse,
     raw_text,
     record_filter,
-    request_of,
+    requests_of,
     shown,
 )
 from components.data.prompts import Encoder, TokenizerFacts, Tokens
@@ -40,11 +40,11 @@ ROWS = pa.schema(
     {
         "row_id": pa.string(), "match": pa.uint64(), "line": pa.int64(), "input_ids": _IDS, "answer_start": pa.int32(),
         "question": pa.string(), "answer": pa.string(), "answers": pa.list_(_IDS), "paraphrased": pa.bool_(),
-        "request": pa.string(),
+        "requests": pa.list_(pa.string()),
     }
 )  # fmt: skip
-"""`row_id` is the hash of prompt and answer, `match` the same with letter case and spaces levelled; `request` is the id
-of the deletion request that chose the row."""
+"""`row_id` is the hash of prompt and answer, `match` the same with letter case and spaces levelled; `requests` are
+the ids of the deletion requests that chose the row."""
 _SOURCE: TypeAdapter[PoolSource] = TypeAdapter(PoolSource)
 
 
@@ -90,10 +90,12 @@ def _tokenise(chunk: dict[str, Any], folder: Path) -> dict[str, Any]:
     records = [Record(*item) for item in zip(chunk["lines"], chunk["data"], chunk["errors"], strict=True)]
     tables, aside = [], []
     filtered = 0
+    meant: Counter[str] = Counter()
     for first in range(0, len(records), _AT_ONCE):
-        rows, bad, skipped = _rows(
+        rows, bad, skipped, asked = _rows(
             records[first : first + _AT_ONCE], source, settings["kind"], settings["data"], folder
         )
+        meant += asked
         tables.append(pa.Table.from_pylist(rows, schema=ROWS))
         aside += bad
         filtered += skipped
@@ -109,6 +111,8 @@ def _tokenise(chunk: dict[str, Any], folder: Path) -> dict[str, Any]:
         "name": chunk["name"], "place": chunk["place"], "last": chunk["last"], "fraction": chunk["fraction"],
         "good": len(table), "bad": len(aside), "filtered": filtered,
         "reasons": json.dumps(Counter(row["reason"] for row in aside)),
+        "requests": json.dumps(meant),
+        "requests_set_aside": json.dumps(Counter(name for row in aside for name in row.get("requests", ()))),
         "tokens": pa.compute.sum(lengths).as_py() or 0,
         "longest_prompt": pa.compute.max(table["answer_start"]).as_py() or 0,
         "longest_answer": pa.compute.max(answers).as_py() or 0,
@@ -129,25 +133,30 @@ def _encoder(folder: Path) -> Encoder:
 
 def _rows(
     records: list[Record], source: PoolSource, kind: str, data: dict[str, Any], folder: Path
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
-    """Good rows, rows set aside, and how many records the filter left out."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int, Counter[str]]:
+    """Good rows, rows set aside, how many records the filter left out, and how many each deletion request means."""
     encoder = _encoder(folder)
-    keep, request = record_filter(source), request_of(source)
+    holds, requests_for = record_filter(source), requests_of(source)
+    chosen, left_out = (getattr(source, key, None) for key in ("requested", "not_requested"))
     rows: list[dict[str, Any]] = []
     aside: list[dict[str, Any]] = []
     found: list[tuple[Record, Example]] = []
-    requests: dict[int, str | None] = {}
+    requests: dict[int, list[str]] = {}
+    meant: Counter[str] = Counter()
     filtered = 0
     for record in records:
         try:
             fields = parse(record)
-            if keep(fields):
-                requests[record.line] = request(fields)
+            asked = requests_for(fields)
+            kept = holds(fields)
+            meant.update(asked if kept else ())
+            if kept and not (asked and left_out) and (asked or not chosen):
+                requests[record.line] = asked
                 found += [(record, example) for example in examples(fields, source, kind)]
             else:
                 filtered += 1
         except Unusable as reason:
-            aside.append(_aside(record, reason))
+            aside.append(_aside(record, reason, requests.get(record.line)))
     pairs: list[tuple[Record, Example, Tokens | Unusable]]
     if isinstance(source, Text):
         pairs = []
@@ -155,7 +164,7 @@ def _rows(
             windows = _windows(encoder, example, source)
             pairs += [(record, example, window) for window in windows]
             if not windows:
-                aside.append(_aside(record, Unusable("text too short for a prefix and a continuation")))
+                aside.append(_aside(record, Unusable("text too short for a prefix and a continuation"), None))
     else:
         encoded = encoder.encode([e.prompt for _, e in found], [e.answers for _, e in found])
         pairs = [(record, e, tokens) for (record, e), tokens in zip(found, encoded, strict=True)]
@@ -163,20 +172,16 @@ def _rows(
         try:
             if isinstance(tokens, Unusable):
                 raise tokens
-            rows.append(
-                {
-                    "line": record.line,
-                    "request": requests[record.line],
-                    **_row(example, tokens, source, kind, data, encoder),
-                }
-            )
+            row = _row(example, tokens, source, kind, data, encoder)
+            rows.append({"line": record.line, "requests": requests[record.line], **row})
         except Unusable as reason:
-            aside.append(_aside(record, reason))
-    return rows, aside, filtered
+            aside.append(_aside(record, reason, requests[record.line]))
+    return rows, aside, filtered, meant
 
 
-def _aside(record: Record, reason: Unusable) -> dict[str, Any]:
-    return {"line": record.line, "reason": str(reason), "raw": raw_text(record)}
+def _aside(record: Record, reason: Unusable, requests: list[str] | None) -> dict[str, Any]:
+    row = {"line": record.line, "reason": str(reason), "raw": raw_text(record)}
+    return {**row, "requests": requests} if requests else row
 
 
 def _windows(encoder: Encoder, example: Example, source: Text) -> list[Tokens]:

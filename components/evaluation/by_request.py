@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from components.data.requests import Request
-from components.evaluation.metrics import ROW_METRICS, by_set, has
+from components.evaluation.metrics import ROW_METRICS, Row, by_set, has
 
 _TOLD = ("probability", "rouge", "exact_match", "extraction_strength")
 
@@ -18,27 +18,30 @@ def by_request(
     """For each request its rows, as hashes, and the means of some metrics over its questions, by model.
 
     `forget` are the prepared rows that were unlearned, `questions` those that were asked (both with `row_id` and
-    `request`), `records` what each model said of the questions. No text is in the result.
+    `requests`), `records` what each model said of the questions. No text is in the result.
     """
-    rows_of = {name: by_set(table).get("forget", []) for name, table in records.items()}
+    unlearned, asked = _ids_by_request(forget), _ids_by_request(questions) if questions is not None else {}
+    said = {name: {row["row_id"]: row for row in by_set(table).get("forget", [])} for name, table in records.items()}
     told = []
     for request in requests:
-        asked = _ids(questions, request.request_id) if questions is not None else []
-        chosen = {name: [row for row in rows if row["row_id"] in {*asked}] for name, rows in rows_of.items()}
-        metrics = {
-            name: {
-                metric: float(np.mean([ROW_METRICS[metric].of(row) for row in rows]))
-                for metric in _TOLD
-                if rows and has(rows, ROW_METRICS[metric].needs)
-            }
-            for name, rows in chosen.items()
-        }
+        ids = asked.get(request.request_id, [])
+        metrics = {name: _means([rows[i] for i in ids if i in rows]) for name, rows in said.items()}
         about = request.model_dump(include={"request_id", "received", "legal_basis"})
-        told.append({**about, "rows": _ids(forget, request.request_id), "asked_rows": asked, "metrics": metrics})
+        told.append({**about, "rows": unlearned.get(request.request_id, []), "asked_rows": ids, "metrics": metrics})
     return told
 
 
-def _ids(rows: pa.Table, request_id: str) -> list[str]:
-    return [
-        i for i, its in zip(rows["row_id"].to_pylist(), rows["request"].to_pylist(), strict=True) if its == request_id
-    ]
+def _means(rows: Sequence[Row]) -> dict[str, float]:
+    return {
+        metric: float(np.mean([ROW_METRICS[metric].of(row) for row in rows]))
+        for metric in _TOLD
+        if rows and has(rows, ROW_METRICS[metric].needs)
+    }
+
+
+def _ids_by_request(rows: pa.Table) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for row_id, requests in zip(rows["row_id"].to_pylist(), rows["requests"].to_pylist(), strict=True):
+        for name in requests or ():
+            found.setdefault(name, []).append(row_id)
+    return found

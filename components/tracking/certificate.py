@@ -113,13 +113,13 @@ def _request(request: Mapping[str, Any]) -> str:
     if not count:
         return f"{head}{received}<p><strong>No record was found that this request names.</strong></p>"
     hashes = f"<details><summary>Their hashes</summary><p>{', '.join(request['rows'])}</p></details>"
-    return f"{head}{received}<p>{count} records were unlearned.</p>{measured}{hashes}"
+    return f"{head}{received}<p>{count} rows of training text were unlearned.</p>{measured}{hashes}"
 
 
 def _purged(purged: Mapping[str, Any] | None) -> str:
     if purged is None:
         return "<p>Nothing: removing what training left behind was not asked for.</p>"
-    kinds = (("Removed", purged["removed"]), ("Not removed", purged["left"]))
+    kinds = (("No more in the storage folder", purged["gone"]), ("Not removed", purged["left"]))
     return "".join(
         f"<p>{told}:</p><ul>{''.join(f'<li>{html.escape(item)}</li>' for item in items)}</ul>"
         for told, items in kinds

@@ -29,30 +29,41 @@ def make_client(uri: str) -> Any:
         client.search_experiments(max_results=1)
     except MlflowException as error:
         raise TrackingError(
-            f"MLflow does not answer (tracking.uri={shown_uri(uri)}): {str(error)[:200]}. Expected a running server or "
-            "a database file. Start it, check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where it asks for "
-            "them, or leave tracking.uri out to use a file in the storage folder."
+            f"MLflow does not answer (tracking.uri={shown_uri(uri)}): {hidden(str(error), uri)[:200]}. Expected a "
+            "running server or a database file. Start it, check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD "
+            "where it asks for them, or leave tracking.uri out to use a file in the storage folder."
         ) from error
     return client
 
 
 def shown_uri(uri: str) -> str:
-    """The URI as it may stand in logs, without a password."""
+    """The URI as it may stand in logs, without user, password or token."""
     parts = urlsplit(uri)
-    if not parts.password:
-        return uri
-    return urlunsplit(parts._replace(netloc=f"{parts.username}:***@{parts.netloc.rpartition('@')[2]}"))
+    if "@" in parts.netloc:
+        parts = parts._replace(netloc=f"***@{parts.netloc.rpartition('@')[2]}")
+    if "password" in parts.query:
+        parts = parts._replace(query="***")
+    return uri if parts == urlsplit(uri) else urlunsplit(parts)
+
+
+def hidden(text: str, uri: str) -> str:
+    """A text of others about `uri`, without its password."""
+    password = urlsplit(uri).password
+    return text.replace(password, "***") if password else text
 
 
 def experiment_id(client: Any, name: str, storage: Path) -> str:
-    """The experiment's id; it is made where there is none. Beside a database file, artifacts go into `storage`."""
+    """The experiment's id; it is made where there is none. Without a server, artifacts go beside the database file, or
+    into `storage`."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
     if found:
         return found.experiment_id
-    # A server decides itself where artifacts go; beside a database file they go beside it.
-    location = str(storage / "mlflow-artifacts") if client.tracking_uri.startswith("sqlite") else None
+    location = None  # a server decides itself where artifacts go
+    if not client.tracking_uri.startswith("http"):
+        file = client.tracking_uri.removeprefix("sqlite:///")
+        location = str((Path(file).parent if file != client.tracking_uri else storage) / "mlflow-artifacts")
     try:
         return client.create_experiment(name, artifact_location=location)
     except MlflowException:  # another process was first

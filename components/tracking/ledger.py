@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from components.errors import TrackingError
 from components.files import append_line, read_lines
 from components.tracking.client import experiment_id
+from components.tracking.registry import make_registered_model
 
 EXPERIMENT = "promotion"
 _TAG, _LONGEST = "ledger_run", 6000  # characters of a param, beyond which MLflow cuts it
@@ -114,9 +115,11 @@ class Ledger(NamedTuple):
                 found.append(f"entry {i} replaces {entry.replaces}, but {version} was champion")
             before, version = _sha(text), entry.version
         for i, line in enumerate(read_lines(mirror), start=1):
-            if line.get("ledger") == self.run_id and (
-                line["seq"] > len(texts) or texts[line["seq"] - 1] != line["text"]
-            ):
+            if line["ledger"] != self.run_id:
+                found.append(
+                    f"line {i} of {mirror.name} is of another ledger, {line['ledger']}: this one was made anew"
+                )
+            elif line["seq"] > len(texts) or texts[line["seq"] - 1] != line["text"]:
                 found.append(f"entry {line['seq']} is not what {mirror.name} has in line {i}")
         return found
 
@@ -129,37 +132,49 @@ class Ledger(NamedTuple):
                 append_line(mirror, {"ledger": self.run_id, "seq": seq, "text": text})
 
 
-def open_ledger(client: Any, name: str, storage: Path, *, create: bool = False) -> Ledger:
-    """The ledger of `name`, with `create` a new one where the model does not exist yet.
+def find_ledger(client: Any, name: str) -> Ledger | None:
+    """The ledger of `name`; None where there is no such model.
 
     Raises:
-        TrackingError: when there is no such model, or one that has no ledger.
+        TrackingError: when the model has none.
     """
-    from mlflow.exceptions import MlflowException
-
-    for _ in range(2):
-        found = client.search_registered_models(f"name = '{name}'")
-        if found:
-            run_id = found[0].tags.get(_TAG)
-            if not run_id:
-                raise TrackingError(
-                    f"Registered model has no ledger (model={name}). Expected one that pipelines/promote.py made. Give "
-                    "tracking.registered_model another name."
-                )
-            return Ledger(client, name, run_id)
-        if not create:
-            break
-        experiment = experiment_id(client, EXPERIMENT, storage)
-        run = client.create_run(experiment, run_name=f"ledger of {name}", tags={"stage": "ledger", "model": name})
-        client.set_terminated(run.info.run_id)  # it stays open for params
-        try:  # whoever makes the model has made its ledger; the others take that one
-            client.create_registered_model(name, tags={_TAG: run.info.run_id})
-        except MlflowException:
-            client.delete_run(run.info.run_id)
+    found = client.search_registered_models(f"name = '{name}'")
+    if not found:
+        return None
+    if run_id := found[0].tags.get(_TAG):
+        return Ledger(client, name, run_id)
     raise TrackingError(
-        f"No champion was ever promoted (model={name}). Expected a registered model with a ledger. Run "
-        "pipelines/promote.py RECIPE first."
+        f"Registered model has no ledger (model={name}). Expected one that pipelines/promote.py made. Give "
+        "tracking.registered_model another name."
     )
+
+
+def make_ledger(client: Any, name: str, storage: Path) -> Ledger:
+    """The ledger of `name`, new where the model does not exist yet."""
+    if found := find_ledger(client, name):
+        return found
+    experiment = experiment_id(client, EXPERIMENT, storage)
+    run = client.create_run(experiment, run_name=f"ledger of {name}", tags={"stage": "ledger", "model": name})
+    client.set_terminated(run.info.run_id)  # it stays open for params
+    if not make_registered_model(client, name, {_TAG: run.info.run_id}):
+        client.delete_run(run.info.run_id)  # whoever made the model has made its ledger
+    made = find_ledger(client, name)
+    assert made is not None
+    return made
+
+
+def champion_of(ledger: Ledger | None) -> tuple[Ledger, Entry]:
+    """(the ledger, its last entry).
+
+    Raises:
+        TrackingError: when nothing was ever promoted.
+    """
+    head = ledger.head()[0] if ledger else None
+    if ledger is None or head is None:
+        raise TrackingError(
+            "No champion was ever promoted. Expected a ledger with an entry. Run pipelines/promote.py RECIPE first."
+        )
+    return ledger, head
 
 
 def _parsed(text: str) -> Entry:

@@ -5,28 +5,35 @@ from pathlib import Path
 from typing import Any
 
 from components.errors import TrackingError
-from components.tracking.ledger import Entry, Ledger, open_ledger
+from components.tracking.ledger import Entry, Ledger, find_ledger
 from components.tracking.registry import add_version, fetch, find
 
 COPIED = ("fingerprint", "objective", "optimizer", "recipe", "config_hash", "original_model", "trained_at")
 
 
-def copy_in(ledger: Ledger, candidate: Any, folder: Path, description: str) -> str:
+def copy_in(ledger: Ledger, candidate: Any, folder: Path, description: str, place: Path) -> str:
     """Make a candidate's `folder` a version of the ledger's model, with files of its own. Returns the version.
 
-    The files belong to the ledger's run, so that who may only train cannot touch them. A copy that is there already,
-    as of a promotion that was cut short, is taken.
+    The files belong to the ledger's run, so that who may only train cannot touch them. They are fetched again, to
+    `place`, and looked at. A copy that is there already, as of a promotion that was cut short, is taken if it is sound.
     """
-    source = f"{candidate.name}/{candidate.version}"
+    source, wanted = f"{candidate.name}/{candidate.version}", candidate.tags["manifest"]
+    spoilt = False
     for version in ledger.client.search_model_versions(f"name = '{ledger.name}'"):
-        if (version.tags.get("candidate"), version.tags.get("manifest")) == (source, candidate.tags["manifest"]):
-            return str(version.version)
+        if (version.tags.get("candidate"), version.tags.get("manifest")) == (source, wanted):
+            try:
+                fetch(ledger.client, version, place, again=True)
+                return str(version.version)
+            except TrackingError:
+                spoilt = True
     kept = {key: text for key, text in candidate.tags.items() if key in COPIED or key.startswith(("data.", "eval."))}
     tags = {**kept, "candidate": source, "trained_by": candidate.run_id}
-    return str(add_version(ledger.client, ledger.run_id, folder, ledger.name, tags, 0, description).version)
+    copy = add_version(ledger.client, ledger.run_id, folder, ledger.name, tags, 0, description, anew=spoilt)
+    fetch(ledger.client, copy, place, again=True)
+    return str(copy.version)
 
 
-def fetch_registered(client: Any, uri: str, place: Path, storage: Path) -> Path:
+def fetch_registered(client: Any, uri: str, place: Path) -> Path:
     """The folder of `models:/…`, checked against its manifest, and a champion's against the ledger.
 
     Raises:
@@ -35,7 +42,8 @@ def fetch_registered(client: Any, uri: str, place: Path, storage: Path) -> Path:
     version = find(client, uri)
     if not client.get_registered_model(version.name).tags.get("ledger_run"):
         return fetch(client, version, place)
-    entries = open_ledger(client, version.name, storage).entries()
+    ledger = find_ledger(client, version.name)
+    entries = ledger.entries() if ledger else []
     if uri.endswith("@champion") and entries and entries[-1].version != str(version.version):
         raise TrackingError(
             f"Alias is not where the ledger says (model={uri}, version={version.version}, "

@@ -33,10 +33,7 @@ def register(
     if found:
         version = found[0]
     else:
-        try:
-            client.get_registered_model(model)
-        except MlflowException:
-            client.create_registered_model(model)
+        make_registered_model(client, model)
         version = add_version(client, run_id, folder, model, {**tags, "trained_at": trained_at}, step, description)
     try:
         newest = client.get_model_version_by_alias(model, "candidate").tags.get("trained_at", "")
@@ -48,17 +45,34 @@ def register(
     return str(version.version)
 
 
+def make_registered_model(client: Any, name: str, tags: Mapping[str, str] | None = None) -> bool:
+    """Make it, unless it is there. Returns whether it was made here: of several at once, one makes it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name, tags=dict(tags or {}))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return False
+    return True
+
+
 def add_version(
-    client: Any, run_id: str, folder: Path, name: str, tags: Mapping[str, str], step: int, description: str
-) -> Any:
-    """Upload `folder`, with its manifest, and make it a new version of `name`, made by the run `run_id`."""
+    client: Any, run_id: str, folder: Path, name: str, tags: Mapping[str, str], step: int, description: str, *,
+    anew: bool = False,
+) -> Any:  # fmt: skip
+    """Upload `folder`, with its manifest, and make it a new version of `name`, made by the run `run_id`.
+
+    What the run has uploaded of it already is taken, unless it is to be done `anew`.
+    """
     from mlflow.entities import LoggedModelOutput
 
     manifest = manifest_of(folder)
     tags = {"manifest": manifest_digest(manifest), **tags}
     run = client.get_run(run_id).info
     same = f"source_run_id = '{run_id}' AND tags.manifest = '{tags['manifest']}'"
-    begun = client.search_logged_models([run.experiment_id], filter_string=same)
+    begun = [] if anew else client.search_logged_models([run.experiment_id], filter_string=same)
     model = begun[0] if begun else client.create_logged_model(
         run.experiment_id, name=run.run_name.replace(".", "-"), source_run_id=run_id, model_type="hf-folder",
         tags=dict(tags),

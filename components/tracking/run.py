@@ -134,7 +134,7 @@ def _send_inputs(client: Any, known: Known, entry: Entry) -> None:
     inputs = []
     for found in entry["inputs"]:
         given = Input(**found)
-        source, profile = json.dumps({"uri": ", ".join(given.sources)}), json.dumps({"num_rows": given.rows})
+        source, profile = json.dumps({"uri": ", ".join(given.sources)[:2000]}), json.dumps({"num_rows": given.rows})
         dataset = Dataset(given.name, given.digest, "local", source, profile=profile)
         inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", given.name)]))
     client.log_inputs(known["run_id"], inputs)
