@@ -21,7 +21,7 @@ from components.tuning.spaces import load_sweep, sweep_name
 from components.tuning.trials import Sweep, Trial, goal_name
 from pipelines.cli import exit_code, ray_session, say, storage_folder
 from pipelines.finetune import count_rows, planned_steps
-from pipelines.sweep_outcome import summary_text, write_files
+from pipelines.sweeps.outcome import summary_text, write_files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,7 +123,7 @@ def _count(trials: Sequence[Trial], state: str) -> int:
 
 
 def _tell_mlflow(sweep: Sweep, files: Sequence[Path]) -> None:
-    from pipelines.sweep_log import Log
+    from pipelines.sweeps.mlflow_log import Log
 
     with Log(sweep.recipe, sweep.folder) as log:
         log.end(sweep.space, sweep.trials(), files)
@@ -131,9 +131,9 @@ def _tell_mlflow(sweep: Sweep, files: Sequence[Path]) -> None:
 
 def _search(sweep: Sweep, count: int) -> None:
     from pipelines.finetune import check_inputs
-    from pipelines.sweep_driver import concurrency, run_trials
-    from pipelines.sweep_log import Log
-    from pipelines.sweep_shared import make_shared
+    from pipelines.sweeps.driver import concurrency, run_trials
+    from pipelines.sweeps.mlflow_log import Log
+    from pipelines.sweeps.shared import make_shared
 
     check_inputs(sweep.recipe)
     with Log(sweep.recipe, sweep.folder) as log:  # a new database takes as long as Ray's start: both at once

@@ -22,8 +22,8 @@ from components.tuning import expressions, pareto
 from components.tuning.search import importances, next_point
 from components.tuning.spaces import choose, corner_points, grid_points, load_sweep, own_point, recipe_of, sweep_name
 from components.tuning.trials import Sweep, Trial, begin_trial, end_trial, read_trials, trials_csv
-from pipelines.sweep_driver import make_scheduler
-from pipelines.sweep_table import Table, short_names
+from pipelines.sweeps.driver import make_scheduler
+from pipelines.sweeps.table import Table, short_names
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "pipelines" / "recipes" / "demo.yaml"

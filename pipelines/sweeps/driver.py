@@ -22,9 +22,9 @@ from components.tuning.trials import (
     trial_folder,
 )
 from pipelines.cli import say
-from pipelines.sweep_log import Log
-from pipelines.sweep_shared import clear, in_process
-from pipelines.sweep_table import Table
+from pipelines.sweeps.mlflow_log import Log
+from pipelines.sweeps.shared import clear, in_process
+from pipelines.sweeps.table import Table
 
 _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -68,7 +68,7 @@ def run_trials(sweep: Sweep, count: int, at_once: int, log: Log) -> None:
     os.environ.update({name: os.environ.get(name, value) for name, value in _SETTINGS.items()})
     from ray import tune
 
-    from pipelines.trial import Run
+    from pipelines.sweeps.trial import Run
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     train = sweep.recipe.train

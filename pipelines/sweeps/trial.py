@@ -22,7 +22,7 @@ from components.tuning.spaces import judged, recipe_of
 from components.tuning.trials import end_trial, reports, trial_folder
 from pipelines.evaluate import evaluate_model, retain_reference, score_model, score_models
 from pipelines.finetune import Model
-from pipelines.sweep_shared import Shared, clear, in_process, read_shared, trial_job
+from pipelines.sweeps.shared import Shared, clear, in_process, read_shared, trial_job
 
 _LOOK = 0.2  # seconds between two looks at what training has written
 _PATIENCE = 120.0  # seconds that a trial which is to stop may take for its present step

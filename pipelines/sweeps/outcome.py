@@ -20,7 +20,7 @@ from components.tuning import pareto, plots
 from components.tuning.search import importances
 from components.tuning.spaces import recipe_of
 from components.tuning.trials import Trial, goal_name, trials_csv
-from pipelines.sweep_table import settings_text, short_names
+from pipelines.sweeps.table import settings_text, short_names
 
 _SHOWN = 12  # trials of the table at the end
 _WIDTH, _ALWAYS = 100, 6  # characters; columns before the settings
