@@ -2,7 +2,8 @@
 
     python pipelines/promote.py RECIPE.yaml [promote] [VERSION] [--reason TEXT] [--purge-traces]
     python pipelines/promote.py RECIPE.yaml rollback [VERSION] [--reason TEXT]
-    python pipelines/promote.py RECIPE.yaml history | verify [--repair] | diff VERSION VERSION | certificate [VERSION]
+    python pipelines/promote.py RECIPE.yaml history | verify [--repair] | diff VERSION VERSION
+    python pipelines/promote.py RECIPE.yaml certificate [VERSION] | serving [VERSION]
 
 `promote` judges the candidate (that with the alias, or VERSION of <name>-candidates) by its stored evaluations, copies
 its bytes, and writes the ledger: from then on it is champion. Exit code 1 when a gate does not hold or something is
@@ -29,7 +30,7 @@ from components.tracking import registry
 from components.tracking.client import hidden, make_client, shown_uri
 from components.tracking.gates import CANDIDATE, GateResult, gate_table, judge
 from components.tracking.ledger import Entry, Ledger, Lost, champion_of, find_ledger, make_ledger
-from components.tracking.promotion import copy_in, sound
+from components.tracking.promotion import add_pyfunc, copy_in, fetch_registered, sound
 from pipelines.cli import Command, run_cli, say, storage_folder, tracking_uri
 from pipelines.promotion_evidence import (
     certify,
@@ -97,12 +98,12 @@ def _asked(command: Command) -> tuple[str, list[str]]:
     words = command.words
     action = words[0] if words and not words[0].isdigit() else "promote"
     words = words[1:] if words and not words[0].isdigit() else words
-    counts = {"promote": (0, 1), "rollback": (0, 1), "certificate": (0, 1), "diff": (2, 2)}
+    counts = {"promote": (0, 1), "rollback": (0, 1), "certificate": (0, 1), "serving": (0, 1), "diff": (2, 2)}
     least, most = counts.get(action, (0, 0))
     if action not in _ACTIONS or not least <= len(words) <= most or not all(word.isdigit() for word in words):
         raise ConfigError(
             f"Argument not understood ({' '.join(command.words)}). Expected promote [VERSION], rollback [VERSION], "
-            "history, verify, diff VERSION VERSION or certificate [VERSION]."
+            "history, verify, diff VERSION VERSION, certificate [VERSION] or serving [VERSION]."
         )
     if action == "promote" and not command.recipe.gates:
         raise ConfigError("Nothing to judge by: gates is empty. Give at least one gate.")
@@ -287,9 +288,17 @@ def _tell_certificate(page: Path | None) -> None:
         say(f"certificate: {page}")
 
 
+def _serving(where: Registry, words: Sequence[str], options: argparse.Namespace) -> None:
+    ledger, head = where.champion()
+    version = words[0] if words else head.version
+    folder = fetch_registered(where.target, f"models:/{where.name}/{version}", where.storage / "registered")
+    made = add_pyfunc(ledger, version, folder, where.storage, where.recipe.evaluation.max_new_tokens)
+    say(f"pyfunc of {where.name} version {version}: models:/{where.name}-serving/{made}")
+
+
 _ACTIONS = {
     "promote": _promote, "rollback": _rollback, "history": _history, "verify": _verify, "diff": _diff,
-    "certificate": _certificate,
+    "certificate": _certificate, "serving": _serving,
 }  # fmt: skip
 
 

@@ -20,9 +20,9 @@ from components.errors import TrackingError
 from components.evidence import Evaluated, Evidence, write_evidence
 from components.files import only_one, sha256
 from components.load_config import load_recipe
-from components.models import fingerprint
+from components.models import fingerprint, load_model, load_tokenizer
 from components.tracking import registry
-from components.tracking.client import experiment_id, make_client
+from components.tracking.client import addressed, experiment_id, make_client
 from components.tracking.ledger import find_ledger
 from components.tracking.promotion import fetch_registered
 from pipelines import promote
@@ -339,6 +339,24 @@ def test_a_purge_leaves_nothing_of_the_rows_but_what_it_names(world: World, caps
     assert json.loads((ours / "summary.json").read_text())["text"] == "kept"
     assert not world.client.list_artifacts(run_id)
     assert purge_traces(world.recipe_settings(), world.client, run_id) == first
+
+
+def test_a_champion_is_served_as_a_pyfunc(world: World, capsys: pytest.CaptureFixture) -> None:
+    import mlflow
+
+    world.candidate(0.8)
+    assert world.promote() == 0
+    assert world.promote("serving", "evaluation.max_new_tokens=5") == 0
+    assert "pyfunc of m version 1: models:/m-serving/1" in capsys.readouterr().out
+    with addressed(world.target):
+        model = mlflow.pyfunc.load_model("models:/m-serving/1", dst_path=str(world.folder))
+    prompts = ["Question: Who?\nAnswer:", "Question: Where was she born?\nAnswer:"]
+    answers = model.predict(prompts)
+    tokenizer, own = load_tokenizer(world.base), load_model(world.base)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        expected = own.generate(**ids, max_new_tokens=5, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert answer == tokenizer.decode(expected, skip_special_tokens=True).strip()
 
 
 def killed_in(world: World, what: str) -> int:

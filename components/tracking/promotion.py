@@ -1,13 +1,16 @@
 """Champions: versions that the ledger names, with bytes of their own, copied from candidates and checked when used."""
 
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from components.errors import TrackingError
-from components.tracking.ledger import Entry, Ledger, find_ledger
+from components.tracking.client import addressed, experiment_id, long_requests
+from components.tracking.ledger import EXPERIMENT, Entry, Ledger, find_ledger
 from components.tracking.registry import add_version, fetch, find
 
+_SERVES = ("mlflow", "torch", "transformers", "safetensors")
 COPIED = ("fingerprint", "objective", "optimizer", "recipe", "config_hash", "original_model", "trained_at")
 
 
@@ -83,3 +86,25 @@ def sound(ledger: Ledger, place: Path) -> Mapping[str, str]:
         except TrackingError as error:
             found[number] = str(error)
     return found
+
+
+def add_pyfunc(ledger: Ledger, version: str, folder: Path, storage: Path, max_new_tokens: int) -> str:
+    """Make the champion's `folder` a pyfunc, as a version of `<name>-serving`. Returns that version.
+
+    Apart from the champion itself, since a pyfunc brings code with it, which is run where it is loaded.
+    """
+    import mlflow
+
+    from components.tracking import __file__ as here
+
+    name = f"{ledger.name}-serving"
+    experiment = experiment_id(ledger.client, EXPERIMENT, storage)
+    with addressed(ledger.client), long_requests():
+        with mlflow.start_run(experiment_id=experiment, run_name=f"{name} of version {version}"):
+            made = mlflow.pyfunc.log_model(
+                name=name, python_model=str(Path(here).with_name("serving.py")), artifacts={"model": str(folder)},
+                pip_requirements=[f"{library}=={metadata.version(library)}" for library in _SERVES],
+                model_config={"max_new_tokens": max_new_tokens},
+            )  # fmt: skip
+        found = mlflow.register_model(made.model_uri, name, tags={"version": version})
+    return str(found.version)
