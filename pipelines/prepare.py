@@ -49,6 +49,11 @@ class Streams(NamedTuple):
         named = {"forget": self.forget, "normal": self.normal, "random": self.random}
         return {name: prepared for name, prepared in named.items() if prepared}
 
+    def places(self) -> dict[str, str]:
+        """Folders of the sets and, as `normal_without`, the file of normal rows to leave out: as a job has them."""
+        without = {"normal_without": str(self.without)} if self.without else {}
+        return {**{name: str(prepared.folder) for name, prepared in self.sets().items()}, **without}
+
 
 def run(command: Command) -> None:
     """Prepare the sets that the objective uses, sum them up and show rows."""

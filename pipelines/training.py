@@ -1,17 +1,18 @@
 """What the pipelines that train share: where checkpoints lie, and what is shown while training goes on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from components.config import Train
+from components.config import Recipe, Train
 from components.data.locations import is_remote
 from components.errors import Stopped
 from components.tracking.follow import follow
 from components.training.checkpoint_files import Place, steps_kept
 from components.training.job import Job
+from components.training.reference import needs, reference_pass
 from pipelines.cli import Progress, absolute_folder, say
 
 
@@ -45,6 +46,40 @@ def checkpoint_place(train: Train, folder: Path, name: str) -> str:
         return str(folder)
     place = train.checkpoint_storage.rstrip("/")
     return f"{place}/{name}" if is_remote(place) else str(absolute_folder(place) / name)
+
+
+def unlearning_job(
+    recipe: Recipe, folder: Path, original: Path, rows: Mapping[str, str], made_from: dict[str, str], checkpoints: str
+) -> Job:
+    """What the recipe trains in `folder` from `original` on `rows` (`Streams.places`); without reference passes."""
+    return Job(
+        model=str(original),
+        output=str(folder / "model"),
+        metrics=str(folder / "metrics.jsonl"),
+        events=str(folder / "events.jsonl"),
+        stop=str(folder / "stop"),
+        checkpoints=checkpoints,
+        made_from=made_from,
+        **rows,
+        objective=recipe.objective,
+        optimizer=recipe.optimizer,
+        train=recipe.train,
+        mask=recipe.mask,
+        guards=recipe.guards,
+        responses_by_row=recipe.data.responses == "by_row",
+        seed=recipe.seed,
+    )
+
+
+def with_references(job: Job, original_hash: str, place: Path, tell: bool = False) -> Job:
+    """The job with what the original says of the rows, made under `place` or found there."""
+    references = {
+        group: str(
+            reference_pass(job, group, what, original_hash, place, telling(f"original on {group}") if tell else None)
+        )
+        for group, what in needs(job.objective).items()
+    }
+    return job.model_copy(update={"reference": references})
 
 
 def say_stopped(outcome: dict[str, Any]) -> None:

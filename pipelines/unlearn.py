@@ -28,9 +28,7 @@ from components.tracking.registry import candidates
 from components.tracking.run import last_step, open_spool, put_lines, put_metrics, put_run, put_system
 from components.tracking.spool import Spool
 from components.training.checkpoint_files import Place, remove_all
-from components.training.job import Job
 from components.training.launch import run_job
-from components.training.reference import needs, reference_pass
 from pipelines.before_after import evaluate_after, evaluate_before
 from pipelines.cli import Command, ray_session, run_cli, say, storage_folder, tracking_uri
 from pipelines.environment import environment
@@ -50,7 +48,7 @@ from pipelines.hand_over import hand_over, inputs, run_tags, source_tags
 from pipelines.outcome import shown_summary, summary_texts
 from pipelines.prepare import Streams, data_counts, notes, prepare_streams
 from pipelines.run_folder import begin, check_begun, run_folder
-from pipelines.training import checkpoint_place, say_stopped, shown, telling
+from pipelines.training import checkpoint_place, say_stopped, shown, telling, unlearning_job, with_references
 
 _SHORT_PATIENCE = 3.0  # seconds that MLflow may fail to answer when the command failed already
 
@@ -206,31 +204,9 @@ def _train(
     metrics, events = folder / "metrics.jsonl", folder / "events.jsonl"
     for name in ("model", "model-adapter"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    job = Job(
-        model=str(original.folder),
-        output=str(folder / "model"),
-        metrics=str(metrics),
-        events=str(events),
-        system=str(folder / "system"),
-        stop=str(folder / "stop"),
-        checkpoints=checkpoints,
-        made_from=made_from,
-        **{name: str(prepared.folder) for name, prepared in streams.sets().items()},
-        normal_without=str(streams.without) if streams.without else None,
-        objective=recipe.objective,
-        optimizer=recipe.optimizer,
-        train=recipe.train,
-        mask=recipe.mask,
-        guards=recipe.guards,
-        responses_by_row=recipe.data.responses == "by_row",
-        seed=recipe.seed,
-    )
+    job = unlearning_job(recipe, folder, original.folder, streams.places(), made_from, checkpoints)
     place = storage_folder(recipe) if recipe.data.cache else folder
-    references = {
-        group: str(reference_pass(job, group, what, original.hash, place, telling(f"original on {group}")))
-        for group, what in needs(recipe.objective).items()
-    }
-    job = job.model_copy(update={"reference": references})
+    job = with_references(job.model_copy(update={"system": str(folder / "system")}), original.hash, place, tell=True)
     where = f"{recipe.train.workers} Ray workers" if recipe.train.workers else "this process"
     say(f"unlearning   {parameter_count(original.folder):,} parameters, ZeRO-{recipe.train.zero_stage}, {where}")
     try:

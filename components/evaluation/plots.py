@@ -14,7 +14,7 @@ _SIZE = (4.6, 3.6)  # inches
 
 def plane(models: Mapping[str, Mapping[str, float]]) -> list[Any]:
     """Probability of the forget answers against model utility, a point for each model."""
-    axes = _axes("probability of forget answers (lower is better)", "model utility (higher is better)")
+    axes = empty_axes("probability of forget answers (lower is better)", "model utility (higher is better)")
     for name, metrics in models.items():
         if "forget_probability" in metrics and "model_utility" in metrics:
             axes.scatter(metrics["forget_probability"], metrics["model_utility"], s=60, label=name)
@@ -26,8 +26,8 @@ def plane(models: Mapping[str, Mapping[str, float]]) -> list[Any]:
 def told_apart(records: Mapping[str, pa.Table]) -> list[Any]:
     """Truth ratios of the forget rows with the largest distance to retain-only's, and the ROC of min-k."""
     of = {name: by_set(table) for name, table in records.items()}
-    ratios_axes = _axes("log truth ratio of forget rows", "share of rows below")
-    roc = _axes("forget rows taken for unseen", "unseen rows taken for unseen (min-k)")
+    ratios_axes = empty_axes("log truth ratio of forget rows", "share of rows below")
+    roc = empty_axes("forget rows taken for unseen", "unseen rows taken for unseen (min-k)")
     for name, sets in of.items():
         if found := log_truth_ratios(sets.get("forget", [])):
             ratios_axes.step(np.sort(found), np.arange(1, len(found) + 1) / len(found), where="post", label=name)
@@ -52,7 +52,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> list[Any]:
     }
     drawn = []
     for title, keys in panels.items():
-        axes = _axes("step", title)
+        axes = empty_axes("step", title)
         axes.xaxis.get_major_locator().set_params(integer=True)
         for key in keys:
             having = [line for line in lines if key in line]
@@ -63,7 +63,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 def _path(lines: Sequence[Mapping[str, Any]]) -> Any:
     """Where the probe went: what is forgotten against what is kept, from the first look to the last."""
-    axes = _axes("probe of forget rows (lower is better)", "probe of normal rows (higher is better)")
+    axes = empty_axes("probe of forget rows (lower is better)", "probe of normal rows (higher is better)")
     having = [line for line in lines if {"probe/forget_probability", "probe/normal_probability"} <= {*line}]
     if having:
         x, y = ([line[f"probe/{name}_probability"] for line in having] for name in ("forget", "normal"))
@@ -89,10 +89,11 @@ def _mark_distance(axes: Any, of: Mapping[str, Mapping[str, list[Row]]]) -> None
     axes.annotate(f" D = {found.statistic:.2f}", (at, np.mean(heights)), fontsize=8)
 
 
-def _axes(x: str, y: str) -> Any:
+def empty_axes(x: str, y: str, size: tuple[float, float] = _SIZE) -> Any:
+    """Axes of a figure of their own, with labels and a grid; `size` in inches."""
     from matplotlib.figure import Figure
 
-    axes = Figure(figsize=_SIZE).subplots()
+    axes = Figure(figsize=size).subplots()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from components.config.tuning import Space
+from components.evaluation.plots import empty_axes
 from components.tuning import pareto
 from components.tuning.trials import Trial
 
@@ -18,7 +19,7 @@ def trade_off(space: Space, trials: Sequence[Trial], models: Mapping[str, Mappin
     shown = [trial for trial in trials if {x, y} <= {*trial.metrics}]
     if not shown:
         return None
-    axes = _axes("probability of forget answers (lower is better)", "model utility (higher is better)")
+    axes = empty_axes("probability of forget answers (lower is better)", "model utility (higher is better)", _SIZE)
     front = {trial.number for trial in pareto.pareto_set(space, trials)}
     best = pareto.best(space, trials)
     groups = {
@@ -49,7 +50,7 @@ def importance(found: Mapping[str, float], names: Mapping[str, str]) -> Any | No
     """Bars of each setting's share in what decides the goal."""
     if not found:
         return None
-    axes = _axes("share in what decides the goal (PED-ANOVA)", "")
+    axes = empty_axes("share in what decides the goal (PED-ANOVA)", "", _SIZE)
     paths = list(found)[::-1]
     axes.barh([names.get(path, path) for path in paths], [found[path] for path in paths])
     return axes.figure
@@ -65,7 +66,7 @@ def parallel(space: Space, trials: Sequence[Trial], names: Mapping[str, str]) ->
         return None
     columns = {names.get(path, path): _positions(space, path, finished) for path in space.space}
     columns["goal" if len(space.goals) == 1 else "goal 1"] = _scaled([trial.values[0] for trial in finished])
-    axes = _axes("", "")
+    axes = empty_axes("", "", _SIZE)
     axes.figure.set_size_inches(max(5.4, 1.3 * len(columns)), 4.0)
     for place, trial in enumerate(finished):
         heights = [column[0][place] for column in columns.values()]
@@ -107,16 +108,6 @@ def _scaled(values: Sequence[float]) -> Column:
 
 def _short(value: Any) -> str:
     return str(value.get("type", "…") if isinstance(value, dict) else value)[:16]
-
-
-def _axes(x: str, y: str) -> Any:
-    from matplotlib.figure import Figure
-
-    axes = Figure(figsize=_SIZE).subplots()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3)
-    return axes
 
 
 def _with_legend(axes: Any) -> Any:

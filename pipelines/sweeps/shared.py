@@ -13,14 +13,13 @@ from components.files import write_whole
 from components.models import load_tokenizer, tokenizer_facts
 from components.training.checkpoint_files import Place, remove_all
 from components.training.job import Job
-from components.training.reference import needs, reference_pass
 from components.tuning.spaces import corner_points, judged, recipe_of
 from components.tuning.trials import Sweep
 from pipelines.cli import say, storage_folder
 from pipelines.evaluate import evaluate_model, prepare_questions, retain_reference, score_models
 from pipelines.finetune import Model, check_context, make_models
-from pipelines.prepare import Streams, prepare_streams
-from pipelines.training import checkpoint_place
+from pipelines.prepare import prepare_streams
+from pipelines.training import checkpoint_place, unlearning_job, with_references
 
 
 class Shared(NamedTuple):
@@ -32,7 +31,7 @@ class Shared(NamedTuple):
     original: Model
     retain_only: Model | None
     rows: dict[str, str]
-    """Folders of prepared rows by stream, and `without`, the file of normal rows to leave out."""
+    """Where they lie, as `Streams.places` says."""
     made_from: dict[str, str]
     questions: dict[str, Prepared]
     metrics: dict[str, dict[str, float]]
@@ -65,12 +64,6 @@ def _model(plain: list[str]) -> Model:
     return Model(Path(plain[0]), plain[1])
 
 
-def rows_of(streams: Streams) -> dict[str, str]:
-    """Folders of the streams, as `Shared` keeps them."""
-    rows = {name: str(prepared.folder) for name, prepared in streams.sets().items()}
-    return {**rows, "without": str(streams.without)} if streams.without else rows
-
-
 def in_process(recipe: Recipe) -> bool:
     """Whether a trial needs no Ray Train of its own."""
     return recipe.train.workers <= 1
@@ -78,32 +71,13 @@ def in_process(recipe: Recipe) -> bool:
 
 def trial_job(recipe: Recipe, folder: Path, shared: Shared) -> Job:
     """What `recipe` trains in `folder`; the reference pass is found, or made where only this trial needs it."""
-    train = recipe.train.model_copy(update={"workers": 0}) if in_process(recipe) else recipe.train
-    rows = {name: place for name, place in shared.rows.items() if name != "without"}
-    job = Job(
-        model=str(shared.original.folder),
-        output=str(folder / "model"),
-        metrics=str(folder / "metrics.jsonl"),
-        events=str(folder / "events.jsonl"),
-        stop=str(folder / "stop"),
-        group=str(folder / "group"),
-        checkpoints=_checkpoints(recipe, folder),
-        made_from=shared.made_from,
-        **{name: place for name, place in rows.items() if name in recipe.objective.groups()},
-        normal_without=shared.rows.get("without"),
-        objective=recipe.objective,
-        optimizer=recipe.optimizer,
-        train=train,
-        mask=recipe.mask,
-        guards=recipe.guards,
-        responses_by_row=recipe.data.responses == "by_row",
-        seed=recipe.seed,
-    )
-    references = {
-        group: str(reference_pass(job, group, what, shared.original.hash, storage_folder(recipe)))
-        for group, what in needs(recipe.objective).items()
-    }
-    return job.model_copy(update={"reference": references})
+    if in_process(recipe):
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": 0})})
+    used = (*recipe.objective.groups(), "normal_without")
+    rows = {name: place for name, place in shared.rows.items() if name in used}
+    job = unlearning_job(recipe, folder, shared.original.folder, rows, shared.made_from, _checkpoints(recipe, folder))
+    job = job.model_copy(update={"group": str(folder / "group")})
+    return with_references(job, shared.original.hash, storage_folder(recipe))
 
 
 def clear(folder: Path, recipe: Recipe) -> None:
@@ -135,7 +109,7 @@ def make_shared(sweep: Sweep) -> None:
     made_from = {"model": original.hash}
     for objective in {corner.objective.model_dump_json(): corner for corner in [recipe, *corners]}.values():
         streams = prepare_streams(objective, facts, place)
-        rows |= rows_of(streams)
+        rows |= streams.places()
         made_from |= {name: prepared.digest for name, prepared in streams.sets().items()}
     questions = prepare_questions(recipe, original)
     models = {"original": original, **({"retain-only": retain_only} if retain_only else {})}
