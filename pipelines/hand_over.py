@@ -5,6 +5,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from components.config import PoolSource, Recipe, config_hash, objective_name, registered_name
@@ -17,21 +18,22 @@ from components.tracking.run import Input, put_metrics
 from components.tracking.spool import Spool
 from pipelines.environment import code_commit
 from pipelines.evidence import put_evidence
-from pipelines.finetune import Model
 from pipelines.outcome import Outcome, description, write_files
 from pipelines.prepare import Streams
 
 
-def run_tags(recipe: Recipe, original: Model, streams: Streams) -> dict[str, str]:
-    """What runs and model versions are found by."""
+def run_tags(
+    recipe: Recipe, original_hash: str, digests: Mapping[str, str], *, stage: str = "unlearn"
+) -> dict[str, str]:
+    """What runs and model versions are found by; `digests` of the rows, by set."""
     return {
-        "stage": "unlearn",
+        "stage": stage,
         "objective": objective_name(recipe),
         "optimizer": recipe.optimizer.type,
         "recipe": recipe.name,
         "config_hash": config_hash(recipe),
-        "original_model": original.hash,
-        **{f"data.{name}": prepared.digest for name, prepared in streams.sets().items()},
+        "original_model": original_hash,
+        **{f"data.{name}": digest for name, digest in digests.items()},
     }
 
 
@@ -63,11 +65,9 @@ def hand_over(
     spool: Spool, outcome: Outcome, evidence: Evidence, tags: Mapping[str, str], trained: Mapping[str, Any]
 ) -> None:
     """Write report and evidence, and have them and the model registered."""
-    folder, steps = outcome.folder, trained["steps"]
+    folder = outcome.folder
     with writing("Report", folder):
         write_files(outcome)
-    put_evidence(spool, folder, evidence)
-    unlearned = outcome.metrics.get(CANDIDATE, {})
     put_metrics(spool, "retain_only", outcome.metrics.get("retain-only", {}), step=0)
     for name in ("report.html", "events.jsonl", "requests.json", "figures", "eval"):
         if (folder / name).exists():
@@ -75,9 +75,24 @@ def hand_over(
     told = description(outcome)
     tables = [{"path": "eval/metrics_table.json", "type": "table"}] if outcome.metrics else []
     spool.put("tags", tags={"mlflow.note.content": told, "mlflow.loggedArtifacts": json.dumps(tables)})
-    shown = {f"eval.{name}": f"{value:.6g}" for name, value in unlearned.items()}
-    spool.put(
-        "model", folder=str(folder / "model"), name=registered_name(outcome.recipe), step=steps,
-        tags={**tags, **shown, "fingerprint": evidence.models[CANDIDATE]}, description=told, trained_at=trained["at"],
+    put_candidate(
+        spool, outcome.recipe, folder, evidence, tags, steps=trained["steps"], trained_at=trained["at"],
+        description=told,
     )  # fmt: skip
-    put_metrics(spool, "eval", unlearned, step=steps, of_model=True)
+
+
+def put_candidate(
+    spool: Spool, recipe: Recipe, folder: Path, evidence: Evidence, tags: Mapping[str, str], *, steps: int,
+    trained_at: str, description: str,
+) -> None:  # fmt: skip
+    """Put down the evidence and the model in `folder`, which becomes a candidate with its metrics."""
+    put_evidence(spool, folder, evidence)
+    found = evidence.evaluated.get(CANDIDATE)
+    metrics = found.values if found else {}
+    shown = {f"eval.{name}": f"{value:.6g}" for name, value in metrics.items()}
+    spool.put(
+        "model", folder=str(folder / "model"), name=registered_name(recipe), step=steps,
+        tags={**tags, **shown, "fingerprint": evidence.models[CANDIDATE]}, description=description,
+        trained_at=trained_at,
+    )  # fmt: skip
+    put_metrics(spool, "eval", metrics, step=steps, of_model=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from components.console import duration
 from components.errors import ConfigError, TrainingError
 from components.files import only_one, writing
+from components.tuning import pareto
 from components.tuning.search import planned_trials
 from components.tuning.spaces import load_sweep, sweep_name
 from components.tuning.trials import Sweep, Trial, goal_name
@@ -125,8 +126,14 @@ def _count(trials: Sequence[Trial], state: str) -> int:
 def _tell_mlflow(sweep: Sweep, files: Sequence[Path]) -> None:
     from pipelines.sweeps.mlflow_log import Log
 
+    trials = sweep.trials()
+    best = pareto.best(sweep.space, trials)
     with Log(sweep.recipe, sweep.folder) as log:
-        log.end(sweep.space, sweep.trials(), files)
+        log.end(sweep.space, trials, files)
+        if best and best.feasible and (best.folder / "model").exists():
+            from pipelines.sweeps.candidate import offer
+
+            offer(sweep, best, log.spool(best))
 
 
 def _search(sweep: Sweep, count: int) -> None:

@@ -148,7 +148,7 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
     checkpoints = checkpoint_place(recipe.train, folder / "checkpoints", f"{folder.name}-{run_id}")
     with writing("Run", folder):
         write_whole(folder / "environment.json", json.dumps(environment(), indent=2))
-    tags = run_tags(recipe, original, streams)
+    tags = run_tags(recipe, original.hash, {name: found.digest for name, found in streams.sets().items()})
     told = {**tags, **source_tags()}
     if (attempt := put_run(spool, recipe, folder.name, folder, told, inputs(recipe, streams, before.questions))) > 1:
         say(f"attempt      {attempt}")

@@ -141,6 +141,23 @@ def test_mlflow_has_the_sweep_and_its_trials(folder: Path) -> None:
     assert parent.data.metrics["sweep/best_goal_1"] == pytest.approx(best["values"][0])
 
 
+def test_the_best_is_a_candidate_that_can_be_promoted(folder: Path, recipe: Path) -> None:
+    import mlflow
+
+    uri = f"sqlite:///{folder.parents[1] / 'mlflow.db'}"
+    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    best = json.loads((folder / "best.json").read_text())
+    [version] = [
+        found
+        for found in client.search_model_versions("name = 'small-candidates'")
+        if client.get_run(found.run_id).data.tags["run_folder"] == str(Path(best["model"]).parent)
+    ]
+    assert version.tags["stage"] == "sweep"
+    promoted = command("promote", str(recipe), str(version.version))
+    assert promoted.returncode == 0, promoted.stderr
+    assert f"champion: small version 1 from small-candidates/{version.version}" in promoted.stdout
+
+
 def test_two_goals_and_a_trial_that_breaks(recipe: Path, cluster_address: str) -> None:
     """A learning rate that gives NaN fails its trial and no other; the Pareto set is that of trials.csv."""
     space = space_file(

@@ -82,7 +82,7 @@ class Log:
 
     def begins(self, trial: Trial) -> None:
         """A trial's run, below the sweep's."""
-        spool = self._spool(trial)
+        spool = self.spool(trial)
         if _again(spool):
             return
         recipe = recipe_of(self.recipe, trial.params)
@@ -95,7 +95,7 @@ class Log:
 
     def reports(self, trial: Trial) -> None:
         """The steps since the last report, as one entry."""
-        spool = self._spool(trial)
+        spool = self.spool(trial)
         reached = last_step(spool)
         if lines := [line for line in read_lines(trial.folder / "metrics.jsonl") if line["step"] > reached]:
             put_lines(spool, lines)
@@ -103,7 +103,7 @@ class Log:
     def ends(self, trial: Trial) -> None:
         """Metrics, state and what the trial is worth."""
         self.reports(trial)
-        spool = self._spool(trial)
+        spool = self.spool(trial)
         goals = {f"goal_{i + 1}": value for i, value in enumerate(trial.values)}
         put_metrics(spool, "eval", trial.metrics, step=trial.steps)
         put_metrics(spool, "sweep", goals, step=trial.steps)
@@ -119,7 +119,7 @@ class Log:
         """What came of all: the best trial, files, and the parent's id where a trial was put down without it."""
         best = pareto.best(space, trials)
         for trial in trials:
-            self._spool(trial)  # what waits is sent
+            self.spool(trial)  # what waits is sent
         if best is None or any(entry.get("trials") == len(trials) for entry in self.parent.entries()):
             return
         goals = {f"best_goal_{i + 1}": value for i, value in enumerate(best.values)}
@@ -133,12 +133,13 @@ class Log:
         self.parent.drain(_PATIENCE)
         parent = self.parent.known.get("run_id")
         for trial in trials:
-            spool = self._spool(trial)
+            spool = self.spool(trial)
             named = any("mlflow.parentRunId" in entry.get("tags", {}) for entry in spool.entries())
             if parent and not named and spool.entries():
                 spool.put("tags", tags={"mlflow.parentRunId": parent})
 
-    def _spool(self, trial: Trial) -> Spool:
+    def spool(self, trial: Trial) -> Spool:
+        """What is put down of a trial's run."""
         if trial.number not in self.spools:
             self.spools[trial.number] = self._open(trial.folder)
         return self.spools[trial.number]
