@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-faults bench-data bench-train bench-checkpoint bench-evaluation methods-table lint format
+.PHONY: demo test test-slow test-faults test-long bench-data bench-train bench-checkpoint bench-evaluation methods-table lint format
 
 demo: .venv/installed
 	$(BIN)/python pipelines/unlearn.py pipelines/recipes/demo.yaml
@@ -11,10 +11,13 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not long"
 
 test-faults: .venv/installed
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest -m "faults and not long"
+
+test-long: .venv/installed
+	$(BIN)/python -m pytest -m long
 
 bench-data: .venv/installed
 	$(BIN)/python -m tests.scale

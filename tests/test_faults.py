@@ -109,7 +109,10 @@ def start(job: Job, folder: Path, *arguments: str, **environment: str) -> subpro
 
 @pytest.mark.parametrize(
     ("dtype", "to_worker", "to_driver"),
-    [("fp32", signal.SIGSTOP, signal.SIGKILL), ("bf16", signal.SIGKILL, signal.SIGINT)],
+    [
+        ("fp32", signal.SIGSTOP, signal.SIGKILL),
+        pytest.param("bf16", signal.SIGKILL, signal.SIGINT, marks=pytest.mark.long),
+    ],
 )
 def test_one_run_survives_what_happens_to_its_processes(
     make_job: Any, tmp_path: Path, cluster_address: str, dtype: str, to_worker: int, to_driver: int, straight: Any,

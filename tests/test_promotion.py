@@ -459,7 +459,7 @@ while line := sys.stdin.readline():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("store", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("store", [pytest.param("sqlite", marks=pytest.mark.long), "postgresql"])
 def test_of_8_promoters_at_once_exactly_one_wins(store: str, tmp_path: Path, base: Path) -> None:
     def rounds(world: World) -> None:
         world.candidate(0.8)

@@ -10,7 +10,7 @@ from tests.test_pipelines import ROOT, command
 RECIPE = str(ROOT / "pipelines" / "recipes" / "tofu-forget01-stories260k.yaml")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("optimizer", [["optimizer.type=soul"], ["optimizer.type=adamw", "optimizer.lr=1e-3"]])
 def test_tofu_runs_with_both_optimizers(shared: Path, tmp_path_factory: pytest.TempPathFactory, optimizer) -> None:
     storage = tmp_path_factory.getbasetemp() / "tofu"  # the second optimizer finds the first one's models

@@ -8,7 +8,7 @@ from components.data.rows import PreparedRows
 from tests.scale import prepare, write_set
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_half_a_million_rows_need_no_more_memory_than_a_few(tmp_path: Path) -> None:
     recipe = write_set(tmp_path, 500_000)
     assert (tmp_path / "normal.jsonl").stat().st_size > 10**8 * 2.5

@@ -112,7 +112,7 @@ def straight(recipe: Path) -> Path:
     return space
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_the_driver_is_killed_and_the_same_command_goes_on(recipe: Path, straight: Path, number: int) -> None:
     """The second trial goes on from a checkpoint; trials, metrics and the best are those of an undisturbed sweep."""
     space = space_file(recipe, f"killed-{number}", {}, concurrent=1)

@@ -10,7 +10,7 @@ from tests.test_job import head, ray, submit
 from tests.test_pipelines import SMALL
 from tests.test_tuning_trials import SPACE
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 __all__ = ["head"]  # the fixture
 
 
