@@ -1,5 +1,6 @@
 """Model folders in MLflow's registry: uploaded as they are, found again, and fetched only if they are unaltered."""
 
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -74,7 +75,7 @@ def add_version(
     same = f"source_run_id = '{run_id}' AND tags.manifest = '{tags['manifest']}'"
     begun = [] if anew else client.search_logged_models([run.experiment_id], filter_string=same)
     model = begun[0] if begun else client.create_logged_model(
-        run.experiment_id, name=run.run_name.replace(".", "-"), source_run_id=run_id, model_type="hf-folder",
+        run.experiment_id, name=re.sub(r"[/:.%\"']", "-", run.run_name), source_run_id=run_id, model_type="hf-folder",
         tags=dict(tags),
     )  # fmt: skip
     if model.status != "READY":
