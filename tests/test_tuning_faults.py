@@ -20,6 +20,7 @@ from tests.test_tuning_trials import SPACE
 
 pytestmark = pytest.mark.faults
 STEPS = 60
+LONG = {"train.steps": 400}  # more than a trial can do between its driver's death and its own
 TRAIN = {**SMALL["train"], "steps": STEPS, "log_every": 50}
 
 
@@ -107,7 +108,7 @@ def params(recipe: Path, space: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def straight(recipe: Path) -> Path:
     """An undisturbed sweep, one trial after the other."""
-    space = space_file(recipe, "straight", {}, concurrent=1)
+    space = space_file(recipe, "straight", LONG, concurrent=1)
     Typed(recipe, space).ended()
     return space
 
@@ -115,7 +116,7 @@ def straight(recipe: Path) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_the_driver_is_killed_and_the_same_command_goes_on(recipe: Path, straight: Path, number: int) -> None:
     """The second trial goes on from a checkpoint; trials, metrics and the best are those of an undisturbed sweep."""
-    space = space_file(recipe, f"killed-{number}", {}, concurrent=1)
+    space = space_file(recipe, f"killed-{number}", LONG, concurrent=1)
     first = Typed(recipe, space)
     first.until(lambda: steps_of(recipe, space, 1) > 20)
     first.process.send_signal(number)
@@ -155,6 +156,7 @@ def test_a_killed_trial_is_recorded_and_the_others_go_on(recipe: Path) -> None:
     assert "2 finished, 1 failed" in text
 
 
+@pytest.mark.long
 def test_a_killed_trial_of_two_workers_frees_their_place(recipe: Path) -> None:
     """The cluster holds one such trial: the next one starts only when the placement group of the first is gone."""
     space = space_file(recipe, "nested", {"train.workers": 2}, search={"trials": 2, "startup": 2})
@@ -170,6 +172,7 @@ def test_a_killed_trial_of_two_workers_frees_their_place(recipe: Path) -> None:
     assert [result["state"] for result in results(recipe, space)] == ["failed", "finished"]
 
 
+@pytest.mark.long
 def test_a_trial_of_two_workers_that_is_stopped_early_leaves_nothing(recipe: Path) -> None:
     """ASHA stops the worse of two; workers and placement group are gone, and a third trial starts in their place."""
     space = space_file(
