@@ -60,8 +60,9 @@ def evaluate_before(recipe: Recipe, original: Model, retain_only: Model | None) 
     """Score the original and the retain-only model on the recipe's questions."""
     questions = prepare_questions(recipe, original)
     models = {"original": original, **({"retain-only": retain_only} if retain_only else {})}
-    check_same_tokens(list(models.values()))
-    records = score_models(recipe, models if questions else {}, questions)
+    asked = models if questions else {}
+    check_same_tokens(list(asked.values()))
+    records = score_models(recipe, asked, questions)
     reference = retain_reference(recipe, records.get("retain-only"))
     evaluated = {name: evaluate_model(recipe, models[name], table, reference) for name, table in records.items()}
     if evaluated:

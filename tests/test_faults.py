@@ -409,12 +409,15 @@ def test_rows_that_changed_under_an_unfinished_run_are_refused(
         rows.write_text("".join(json.dumps({"q": f"Who is {i}?", "a": f"Number {i}."}) + "\n" for i in range(count)))
 
     def stop_midway(*more: str) -> int:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "pipelines" / "unlearn.py"), *typed, *more], stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, env={**os.environ, "RAY_ADDRESS": cluster_address},
-        )  # fmt: skip
+        said = tmp_path / "stderr.txt"
+        with said.open("w") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, str(ROOT / "pipelines" / "unlearn.py"), *typed, *more], stdout=subprocess.DEVNULL,
+                stderr=stderr, env={**os.environ, "RAY_ADDRESS": cluster_address},
+            )  # fmt: skip
         before = steps_done(tmp_path / "runs")
-        assert when(lambda: steps_done(tmp_path / "runs") > before + 5, process.terminate).wait(120)
+        midway = when(lambda: steps_done(tmp_path / "runs") > before + 5, process.terminate)
+        assert midway.wait(120), said.read_text()
         return process.wait(60)
 
     write(8)
