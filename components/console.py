@@ -1,6 +1,7 @@
 """What a person sees: progress lines, tables that fit a terminal, short numbers."""
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
@@ -23,6 +24,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def utc(seconds: float | None = None) -> str:
+    """A time in seconds since 1970, by default now, as 2026-01-31T23:59:59Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def rows_line(rows: int, seconds: float, share: float | None) -> str:

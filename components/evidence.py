@@ -1,13 +1,13 @@
 """What an evaluation found of some models, written down so that it can be judged later and elsewhere."""
 
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from components.console import utc
 from components.files import write_whole
 
 WITHOUT_INTERVAL = ("forget_quality", "forget_quality_log10", "privleak")
@@ -52,7 +52,6 @@ def write_evidence(evidence: Evidence, folder: Path, suite: str | None = None) -
         }
         for name, found in evidence.evaluated.items()
     }  # fmt: skip
-    made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     partial = arrays.with_name(f"partial-{arrays.name}")
     numbers = {
         f"{name}/{metric}": drawn.astype(np.float64)
@@ -61,7 +60,7 @@ def write_evidence(evidence: Evidence, folder: Path, suite: str | None = None) -
     }
     np.savez_compressed(partial, **numbers)  # type: ignore[arg-type]
     partial.replace(arrays)
-    write_whole(text, json.dumps({"made": made, "questions": evidence.questions, "models": models}, indent=2))
+    write_whole(text, json.dumps({"made": utc(), "questions": evidence.questions, "models": models}, indent=2))
     return [text, arrays]
 
 

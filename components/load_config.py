@@ -71,12 +71,17 @@ def parse_override(text: str) -> dict[str, Any]:
     if not equals or not path:
         raise ConfigError(f"Override {text!r} is not of the form section.field=value.")
     try:
-        node: Any = yaml.safe_load(raw) if raw else ""
+        value = yaml.safe_load(raw) if raw else ""
     except yaml.YAMLError:
         raise ConfigError(f"Override {text!r} has a value that is not YAML. Put quotes around it.") from None
+    return nested(path, value)
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """`a.b` and 1 → {a: {b: 1}}."""
     for key in reversed(path.split(".")):
-        node = {key: node}
-    return node
+        value = {key: value}
+    return value
 
 
 def _with_folder(raw: dict[str, Any]) -> dict[str, Any]:

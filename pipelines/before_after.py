@@ -56,10 +56,9 @@ class Before(NamedTuple):
     """By model."""
 
 
-def evaluate_before(recipe: Recipe, original: Model, retain_only: Model | None) -> Before:
-    """Score the original and the retain-only model on the recipe's questions."""
-    questions = prepare_questions(recipe, original)
-    models = {"original": original, **({"retain-only": retain_only} if retain_only else {})}
+def evaluate_before(recipe: Recipe, models: dict[str, Model]) -> Before:
+    """Score the original and the retain-only model (`make_models`) on the recipe's questions."""
+    questions = prepare_questions(recipe, models["original"])
     asked = models if questions else {}
     check_same_tokens(list(asked.values()))
     records = score_models(recipe, asked, questions)

@@ -98,10 +98,7 @@ def compared_models(recipe: Recipe, given: list[Path]) -> dict[str, Model]:
     Raises:
         ModelError: when their tokenizers differ.
     """
-    original, retain_only = make_models(recipe)
-    models = {"original": original}
-    if retain_only:
-        models["retain-only"] = retain_only
+    models = make_models(recipe)
     for folder in given:
         name = _short_name(folder)
         models[name if name not in models else str(folder)] = Model(folder, fingerprint(folder))

@@ -74,10 +74,9 @@ def run(command: Command) -> None:
     recipe = command.recipe
     check_inputs(recipe)
     with ray_session():
-        original, retain_only = make_models(recipe)
-    say(f"original     {original.folder}")
-    if retain_only:
-        say(f"retain-only  {retain_only.folder}")
+        models = make_models(recipe)
+    for name, model in models.items():
+        say(f"{name:<12} {model.folder}")
 
 
 def plan(command: Command) -> str:
@@ -93,17 +92,17 @@ def plan(command: Command) -> str:
     return "\n".join(lines)
 
 
-def make_models(recipe: Recipe) -> tuple[Model, Model | None]:
-    """(original, retain-only), taken from the recipe's paths or made; retain-only is None where nothing says how."""
-    made = {}
-    for name in ("original", "retain_only"):
-        given = getattr(recipe.models, name)
-        if given:
+def make_models(recipe: Recipe) -> dict[str, Model]:
+    """`original` and, where something says how, `retain-only`: taken from the recipe's paths, or made."""
+    made, to_make = {}, _to_make(recipe)
+    for field in ("original", "retain_only"):
+        name = field.replace("_", "-")
+        if given := getattr(recipe.models, field):
             folder = local_folder(given, storage_folder(recipe))
             made[name] = Model(folder, fingerprint(folder))
-        elif name in _to_make(recipe):
-            made[name] = _make(recipe, name, _to_make(recipe)[name])
-    return made["original"], made.get("retain_only")
+        elif field in to_make:
+            made[name] = _make(recipe, field, to_make[field])
+    return made
 
 
 def _to_make(recipe: Recipe) -> dict[str, Sequence[Source]]:

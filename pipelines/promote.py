@@ -16,13 +16,12 @@ import os
 import socket
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from components.config import Recipe, differences, registered_name
-from components.console import number, table
+from components.console import number, table, utc
 from components.errors import ConfigError, TrackingError
 from components.evidence import read_evidence
 from components.models import fingerprint
@@ -124,8 +123,7 @@ def _promote(where: Registry, words: Sequence[str], options: argparse.Namespace)
             while not (entry := _champion_from(where, candidate)):
                 _try(where, candidate, folder, evidence, options)
     ledger, _ = where.champion()
-    ledger.project()
-    ledger.copy_to(where.mirror)
+    _settle(where, ledger)
     say(f"champion: {where.name} version {entry.version} from {entry.candidate}, entry {entry.seq}")
     purged = purge_traces(where.recipe, where.source, entry.run) if options.purge_traces else None
     _tell_certificate(certify(ledger, entry, where.storage, purged))
@@ -159,7 +157,7 @@ def _try(where: Registry, candidate: Any, folder: Path, evidence: Path, options:
     entry = Entry(
         seq=head.seq + 1 if head else 1, action="promote", version=version, replaces=head.version if head else None,
         candidate=copied_from, run=candidate.run_id, manifest=candidate.tags["manifest"], gates="", evidence="",
-        actor=_actor(options), reason=options.reason, time=_now(), before=before,
+        actor=_actor(options), reason=options.reason, time=utc(), before=before,
     )  # fmt: skip
     try:
         ledger.append(with_evidence(ledger, entry, evidence, model, results))
@@ -180,10 +178,10 @@ def _rollback(where: Registry, words: Sequence[str], options: argparse.Namespace
         )
     if head.version != version:
         found = registry.find(ledger.client, f"models:/{where.name}/{version}")
-        registry.fetch(ledger.client, found, where.storage / "registered", again=True)  # unaltered, or it stays
+        registry.check_stored(ledger.client, found, where.storage / "registered")  # unaltered, or it stays
         entry = entries[version]._replace(
             seq=head.seq + 1, action="rollback", replaces=head.version, actor=_actor(options), reason=options.reason,
-            time=_now(), before=before,
+            time=utc(), before=before,
         )  # fmt: skip
         try:
             ledger.append(entry)
@@ -192,9 +190,14 @@ def _rollback(where: Registry, words: Sequence[str], options: argparse.Namespace
                 f"Champion was changed by somebody else just now (model={where.name}). Expected version "
                 f"{head.version}. Look at the history, and decide again."
             ) from None
+    _settle(where, ledger)
+    say(f"champion: {where.name} version {version}")
+
+
+def _settle(where: Registry, ledger: Ledger) -> None:
+    """What follows of the ledger: the alias, and the copy outside the server."""
     ledger.project()
     ledger.copy_to(where.mirror)
-    say(f"champion: {where.name} version {version}")
 
 
 def _history(where: Registry, words: Sequence[str], options: argparse.Namespace) -> None:
@@ -235,8 +238,7 @@ def _verify(where: Registry, words: Sequence[str], options: argparse.Namespace) 
     if str(at) != head.version:
         problem = f"alias champion is at version {at or 'none'}, the ledger's is {head.version}"
         if options.repair and not problems:
-            ledger.project()
-            ledger.copy_to(where.mirror)
+            _settle(where, ledger)
             say(f"repaired: {problem}")
         else:
             problems.append(problem + ("" if problems else "; verify --repair mends that"))
@@ -320,10 +322,6 @@ def _description(copied_from: str, options: argparse.Namespace, results: list[Ga
 
 def _actor(options: argparse.Namespace) -> str:
     return options.actor or os.environ.get("MLFLOW_TRACKING_USERNAME") or f"{getpass.getuser()}@{socket.gethostname()}"
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

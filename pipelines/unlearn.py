@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from components.config import Recipe, registered_name, run_name
-from components.console import duration
+from components.console import duration, utc
 from components.errors import ConfigError
 from components.evidence import WITHOUT_INTERVAL
 from components.files import only_one, read_lines, write_whole, writing
@@ -25,7 +25,7 @@ from components.models import load_tokenizer, parameter_count, tokenizer_facts
 from components.tracking.client import shown_uri
 from components.tracking.follow import follow
 from components.tracking.registry import candidates
-from components.tracking.run import last_step, open_spool, put_lines, put_metrics, put_run, put_system
+from components.tracking.run import last_step, open_spool, put_lines, put_metrics, put_run, put_system, settings_of
 from components.tracking.spool import Spool
 from components.training.checkpoint_files import Place, remove_all
 from components.training.launch import run_job
@@ -136,12 +136,13 @@ def plan(command: Command) -> str:
 
 def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
     storage = storage_folder(recipe)
-    original, retain_only = make_models(recipe)
+    models = make_models(recipe)
+    original = models["original"]
     check_context(recipe, original.folder)
     place = storage if recipe.data.cache else folder
     streams = _prepare(recipe, original, place)
 
-    before = evaluate_before(recipe, original, retain_only)
+    before = evaluate_before(recipe, models)
     spool = open_spool(folder, tracking_uri(recipe), telling("MLflow"))
     made_from = {"model": original.hash, **{name: prepared.digest for name, prepared in streams.sets().items()}}
     run_id = check_begun(folder, made_from)
@@ -150,7 +151,11 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
         write_whole(folder / "environment.json", json.dumps(environment(), indent=2))
     tags = run_tags(recipe, original.hash, {name: found.digest for name, found in streams.sets().items()})
     told = {**tags, **source_tags()}
-    if (attempt := put_run(spool, recipe, folder.name, folder, told, inputs(recipe, streams, before.questions))) > 1:
+    attempt = put_run(
+        spool, recipe.tracking.experiment, storage, folder, settings_of(recipe), told, files=[folder / "config.json"],
+        inputs=inputs(recipe, streams, before.questions),
+    )  # fmt: skip
+    if attempt > 1:
         say(f"attempt      {attempt}")
     spool.put("artifact", path=str(folder / "environment.json"))
     try:
@@ -215,7 +220,7 @@ def _train(
     finally:
         put_system(spool, [line for file in sorted((folder / "system").glob("*.jsonl")) for line in read_lines(file)])
         shutil.rmtree(folder / "system", ignore_errors=True)
-    outcome["at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    outcome["at"] = utc()
     outcome["seconds"] = sum(line["perf/step_seconds"] for line in read_lines(metrics))  # over all attempts
     failures = sum(event["event"] == "failure" for event in read_lines(events))
     spool.put("tags", tags={"worker_failures": str(failures)})

@@ -75,10 +75,11 @@ class World:
         for file in run_folder.glob("*.*"):
             self.client.log_artifact(run.info.run_id, str(file))
         tags = {"fingerprint": hashes["unlearned"], "data.forget": "d"}
-        return registry.register(
+        made = registry.register(
             self.client, run.info.run_id, run_folder / "model", "m", tags, step=3,
             trained_at=f"2026-01-{len(list(self.folder.glob('trained/*'))):02d}",
         )  # fmt: skip
+        return str(made.version)
 
     def recipe_settings(self) -> Recipe:
         return load_recipe([self.recipe])

@@ -13,7 +13,7 @@ from components.tracking import registry
 from components.tracking.client import make_client
 from components.tracking.follow import follow
 from components.tracking.manifest import manifest_digest, manifest_of
-from components.tracking.run import Input, last_step, open_spool, put_lines, put_metrics, put_run
+from components.tracking.run import Input, last_step, open_spool, put_lines, put_metrics, put_run, settings_of
 from components.tracking.spool import Spool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,7 +100,17 @@ def make_spool(uri: str, folder: Path) -> Spool:
 def make_run(uri: str, folder: Path) -> Spool:
     spool = make_spool(uri, folder)
     recipe = load_recipe([ROOT / "pipelines" / "recipes" / "demo.yaml"])
-    put_run(spool, recipe, "a run", folder, {"config_hash": "x"})
+    tags, config = {"config_hash": "x"}, folder / "config.json"
+    put_run(
+        spool,
+        recipe.tracking.experiment,
+        folder.parent,
+        folder,
+        settings_of(recipe),
+        tags,
+        name="a run",
+        files=[config],
+    )
     return spool
 
 
@@ -288,13 +298,15 @@ def begun_run(uri: str, folder: Path) -> str:
 
 
 def add(client, run_id: str, folder: Path, trained_at: str, name: str = "people") -> str:
-    return registry.register(client, run_id, folder, name, {"optimizer": "soul"}, step=3, trained_at=trained_at)
+    tags = {"optimizer": "soul"}
+    return str(registry.register(client, run_id, folder, name, tags, step=3, trained_at=trained_at).version)
 
 
 def test_a_run_names_its_data_sets_and_tables(uri: str, client, tmp_path: Path) -> None:
     spool = make_spool(uri, tmp_path / "run")
     recipe = load_recipe([ROOT / "pipelines" / "recipes" / "demo.yaml"])
-    put_run(spool, recipe, "a run", tmp_path / "run", {}, [Input("forget", "ab" * 16, 60, ["people:forget"])])
+    inputs = [Input("forget", "ab" * 16, 60, ["people:forget"])]
+    put_run(spool, recipe.tracking.experiment, tmp_path, tmp_path / "run", {}, {}, inputs=inputs)
     (tmp_path / "run" / "figures").mkdir()
     (tmp_path / "run" / "figures" / "a.png").write_bytes(b"x")
     spool.put("artifact", path=str(tmp_path / "run" / "figures"), into="figures")

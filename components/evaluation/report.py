@@ -1,8 +1,6 @@
 """The outcome for people: a table for the terminal, one self-contained HTML page, and the model's card."""
 
-import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +13,7 @@ from components.evaluation.evaluate import better, compared
 from components.evaluation.metrics import GENERATED, by_set, has, probability
 from components.evaluation.plots import curves, plane, told_apart
 from components.evidence import Evaluated
+from components.html_page import html_table, images, page, png
 
 Metrics = Mapping[str, float]
 Change = tuple[float, float, float]
@@ -123,8 +122,8 @@ def write_report(
     headline = [name for name in metric_names(values) if name in HEADLINE]
     sections = [
         f"<h1>{html.escape(title)}</h1>",
-        _table([("", *models)], [[n, *(number(m.get(n)) for m in values.values())] for n in headline], "numbers"),
-        "<h2>Gates</h2>" + _table(gates[:1], gates[1:], "numbers") if gates else "",
+        html_table([("", *models)], [[n, *(number(m.get(n)) for m in values.values())] for n in headline], "numbers"),
+        "<h2>Gates</h2>" + html_table(gates[:1], gates[1:], "numbers") if gates else "",
         f"<h2>Forgetting against utility</h2>{_figures(plane(values), into)}",
         f"<h2>Can it be told that something was forgotten?</h2>{_figures(told_apart(records), into)}"
         if records
@@ -133,22 +132,22 @@ def write_report(
         "<h2>Answers before and after</h2><p>Forget: the most changed and, last, the least changed; other sets: those "
         "whose right answer became least likely.</p>",
         *(
-            f"<h3>{html.escape(name)}</h3>" + _table([("question", "right answer", "before", "after")], rows)
+            f"<h3>{html.escape(name)}</h3>" + html_table([("question", "right answer", "before", "after")], rows)
             for name, rows in shown.items()
             if rows
         ),
         "<h2>All metrics</h2><p>95 % bootstrap intervals over the rows; of the difference on the same rows, * where"
         " it leaves out 0. ↑: higher is better, ↓: lower, →: this.</p>",
-        _table(
+        html_table(
             [("", "", *models, *(["unlearned − original"] if changes else []))],
             [_metric_row(name, models, changes) for name in metric_names(values)],
             "numbers",
         ),
-        "<p>Not computed:</p>" + _table([], list(missing.items())) if missing else "",
-        "<h2>How this was made</h2>" + _table([], list(facts.items())),
+        "<p>Not computed:</p>" + html_table([], list(missing.items())) if missing else "",
+        "<h2>How this was made</h2>" + html_table([], list(facts.items())),
         f"<p>{NOTE}</p>",
     ]
-    file.write_text(_PAGE.format(title=html.escape(title), body="\n".join(sections)), encoding="utf-8")
+    file.write_text(page(title, sections), encoding="utf-8")
 
 
 def write_model_card(file: Path, title: str, facts: Mapping[str, str], models: Mapping[str, Metrics]) -> None:
@@ -164,18 +163,6 @@ def write_model_card(file: Path, title: str, facts: Mapping[str, str], models: M
     )
 
 
-def _table(head: Sequence[Sequence[str]], rows: Sequence[Sequence[str]], kind: str = "texts") -> str:
-    def cells(row: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>"
-
-    return (
-        f'<table class="{kind}">'
-        + "".join(cells(r, "th") for r in head)
-        + "".join(cells(r, "td") for r in rows)
-        + "</table>"
-    )
-
-
 def _metric_row(name: str, models: Mapping[str, Evaluated], changes: Mapping[str, Change]) -> list[str]:
     cells = []
     for evaluated in models.values():
@@ -186,31 +173,8 @@ def _metric_row(name: str, models: Mapping[str, Evaluated], changes: Mapping[str
 
 
 def _figures(figures: Sequence[Any], into: Path) -> str:
-    """Images that stand side by side where there is room, also written as files named after what they show."""
-    images = []
-    for figure in figures:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-        shows = figure.axes[0].get_ylabel().partition(" (")[0]
-        (into / f"{shows.replace(' ', '_')}.png").write_bytes(buffer.getvalue())
-        coded = base64.b64encode(buffer.getvalue()).decode()
-        images.append(f'<img alt="{html.escape(shows)}" src="data:image/png;base64,{coded}">')
-    return f'<div class="plots">{"".join(images)}</div>'
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.4rem; overflow-wrap: anywhere; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
-th, td {{ padding: .25rem .7rem; border-bottom: 1px solid #8884; text-align: left; vertical-align: top; }}
-.numbers td {{ font-variant-numeric: tabular-nums; white-space: nowrap; }}
-.texts td {{ overflow-wrap: anywhere; min-width: 7rem; }}
-.plots {{ display: flex; flex-wrap: wrap; gap: .5rem; }}
-img {{ max-width: 100%; max-height: 22rem; background: white; border-radius: 4px; }}
-</style></head><body>
-{body}
-</body></html>
-"""
+    """Images, also written as files named after what they show."""
+    drawn = [(figure.axes[0].get_ylabel().partition(" (")[0], png(figure)) for figure in figures]
+    for shows, data in drawn:
+        (into / f"{shows.replace(' ', '_')}.png").write_bytes(data)
+    return images(drawn)

@@ -1,10 +1,11 @@
 """What is certified of a champion that answers deletion requests: for a file and for people, without forgotten text."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from components.console import number
+from components.html_page import html_table, page
 
 _TITLES = {"original": "before", "unlearned": "after", "retain-only": "never trained on it"}
 _METRICS = {
@@ -24,10 +25,12 @@ NOT_GUARANTEED = (
     "Copies of the earlier model, and of the records themselves in other systems, are not touched by unlearning. Row "
     "hashes are short digests of prompt and answer; whoever holds a record can tell whether it is meant."
 )
+_STYLE = """body { font: 16px/1.55 Georgia, serif; max-width: 46rem; }
+td + td { font-variant-numeric: tabular-nums; }"""
 
 
 def certificate_of(
-    name: str, entry: Mapping[str, Any], gates: Mapping[str, Any] | None, requests: Mapping[str, Any],
+    name: str, entry: Mapping[str, Any], gates: Mapping[str, Any], requests: Mapping[str, Any],
     purged: Mapping[str, Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The record of a promotion: each request with its rows and figures, the model before and after, and the gates."""
@@ -43,7 +46,7 @@ def certificate_of(
         "models": requests["models"],
         "requests_file_sha256": requests["file"],
         "requests": requests["requests"],
-        "gates": gates["gates"] if gates else [],
+        "gates": gates["gates"],
         "gates_sha256": entry["gates"],
         "purged": purged,
         "not_guaranteed": NOT_GUARANTEED,
@@ -62,8 +65,8 @@ def certificate_page(about: Mapping[str, Any]) -> str:
         f"<p>Reason given: {html.escape(promoted['reason'])}</p>" if promoted["reason"] else "",
         *(_request(request) for request in about["requests"]),
         "<h2>Conditions that the model had to meet</h2>",
-        _table(
-            ["measure", "value", "condition", "bound", "met"],
+        html_table(
+            [["measure", "value", "condition", "bound", "met"]],
             [
                 [
                     _GATES.get(g["metric"], g["metric"]),
@@ -78,7 +81,7 @@ def certificate_page(about: Mapping[str, Any]) -> str:
         "<h2>What was removed besides</h2>" + _purged(about["purged"]),
         f"<h2>What this does not guarantee</h2><p>{about['not_guaranteed']}</p>",
         "<h2>Digests</h2>",
-        _table(
+        html_table(
             [],
             [
                 ["files of this version, sha256 of their list", about["files_sha256"]],
@@ -90,8 +93,7 @@ def certificate_page(about: Mapping[str, Any]) -> str:
             ],
         ),
     ]
-    title = f"{about['model']} {about['version']}"
-    return _PAGE.format(title=html.escape(title), body="\n".join(block for block in blocks if block))
+    return page(f"{about['model']} {about['version']}", blocks, _STYLE)
 
 
 def _request(request: Mapping[str, Any]) -> str:
@@ -103,7 +105,7 @@ def _request(request: Mapping[str, Any]) -> str:
     ]
     count, asked = len(request["rows"]), len(request["asked_rows"])
     measured = (
-        f"<p>Measured on {asked} questions about them:</p>" + _table(["", *(_TITLES[m] for m in models)], figures)
+        f"<p>Measured on {asked} questions about them:</p>" + html_table([["", *(_TITLES[m] for m in models)]], figures)
         if figures
         else "<p>No question about them was asked.</p>"
     )
@@ -125,25 +127,3 @@ def _purged(purged: Mapping[str, Any] | None) -> str:
         for told, items in kinds
         if items
     )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def cells(row: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
-
-    return f"<table>{cells(head, 'th') if head else ''}{''.join(cells(row, 'td') for row in rows)}</table>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 16px/1.55 Georgia, serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.4rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
-th, td {{ padding: .25rem .7rem; border-bottom: 1px solid #8884; text-align: left; overflow-wrap: anywhere; }}
-td + td {{ font-variant-numeric: tabular-nums; }}
-</style></head><body>
-{body}
-</body></html>
-"""

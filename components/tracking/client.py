@@ -78,27 +78,29 @@ def addressed(client: Any) -> Iterator[None]:
     """Inside, MLflow's parts that ask no client in particular ask this one's server."""
     import mlflow
 
-    name = "MLFLOW_TRACKING_URI"
-    before = os.environ.get(name)
-    mlflow.set_tracking_uri(client.tracking_uri)
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
-        if before is not None:
-            os.environ[name] = before
+    with _restored("MLFLOW_TRACKING_URI"):
+        mlflow.set_tracking_uri(client.tracking_uri)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
 
 
 @contextmanager
 def long_requests() -> Iterator[None]:
     """A server may take long to store a large file before it answers."""
-    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-    before = os.environ.get(name)
-    os.environ[name] = "300"
+    with _restored("MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "300"
+        yield
+
+
+@contextmanager
+def _restored(variable: str) -> Iterator[None]:
+    """What the block does to an environment variable is undone."""
+    before = os.environ.get(variable)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        os.environ.pop(variable, None)
+        if before is not None:
+            os.environ[variable] = before

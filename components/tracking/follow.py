@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from components.background import in_background
 from components.files import lines_after
 
 Lines = list[dict[str, Any]]
@@ -25,10 +26,9 @@ def follow(
     block goes on whatever they are.
     """
     failures: list[Exception] = []
-    done = threading.Event()
     start = _new_lines(file, _Place(0, 0))[0] if after is None else _Place(0, 0)
 
-    def run() -> None:
+    def run(done: threading.Event) -> None:
         place, step = start, after
         while True:
             last = done.is_set()
@@ -45,13 +45,8 @@ def follow(
                 return
             done.wait(interval)
 
-    thread = threading.Thread(target=run, name=f"follow-{file.name}", daemon=True)
-    thread.start()
-    try:
+    with in_background(run, f"follow-{file.name}"):
         yield failures
-    finally:
-        done.set()
-        thread.join()
 
 
 class _Place(NamedTuple):

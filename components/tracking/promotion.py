@@ -8,7 +8,7 @@ from typing import Any
 from components.errors import TrackingError
 from components.tracking.client import addressed, experiment_id, long_requests
 from components.tracking.ledger import EXPERIMENT, Entry, Ledger, find_ledger
-from components.tracking.registry import add_version, fetch, find
+from components.tracking.registry import add_version, check_stored, fetch, find
 
 _SERVES = ("mlflow", "torch", "transformers", "safetensors")
 COPIED = ("fingerprint", "objective", "optimizer", "recipe", "config_hash", "original_model", "trained_at")
@@ -25,14 +25,14 @@ def copy_in(ledger: Ledger, candidate: Any, folder: Path, description: str, plac
     for version in ledger.client.search_model_versions(f"name = '{ledger.name}'"):
         if (version.tags.get("candidate"), version.tags.get("manifest")) == (source, wanted):
             try:
-                fetch(ledger.client, version, place, again=True)
+                check_stored(ledger.client, version, place)
                 return str(version.version)
             except TrackingError:
                 spoilt = True
     kept = {key: text for key, text in candidate.tags.items() if key in COPIED or key.startswith(("data.", "eval."))}
     tags = {**kept, "candidate": source, "trained_by": candidate.run_id}
     copy = add_version(ledger.client, ledger.run_id, folder, ledger.name, tags, 0, description, anew=spoilt)
-    fetch(ledger.client, copy, place, again=True)
+    check_stored(ledger.client, copy, place)
     return str(copy.version)
 
 
@@ -82,7 +82,7 @@ def sound(ledger: Ledger, place: Path) -> Mapping[str, str]:
         try:
             version = find(ledger.client, f"models:/{ledger.name}/{number}")
             check_tag(version, entries)
-            fetch(ledger.client, version, place, again=True)
+            check_stored(ledger.client, version, place)
         except TrackingError as error:
             found[number] = str(error)
     return found

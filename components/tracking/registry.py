@@ -21,8 +21,8 @@ def candidates(name: str) -> str:
 def register(
     client: Any, run_id: str, folder: Path, name: str, tags: Mapping[str, str], *, step: int, trained_at: str,
     description: str = "",
-) -> str:  # fmt: skip
-    """Make `folder` a version of the candidates for `name`, with the alias `candidate`. Returns the version.
+) -> Any:  # fmt: skip
+    """Make `folder` a version of the candidates for `name`, with the alias `candidate`. Returns the model version.
 
     A run has one version: what is there already of an attempt that was cut short is used. The alias stays with a
     version that was trained later, as when this one could not be sent in time.
@@ -43,7 +43,7 @@ def register(
         newest = ""
     if trained_at >= newest:
         client.set_registered_model_alias(model, "candidate", version.version)
-    return str(version.version)
+    return version
 
 
 def make_registered_model(client: Any, name: str, tags: Mapping[str, str] | None = None) -> bool:
@@ -135,8 +135,8 @@ def find(client: Any, uri: str) -> Any:
         ) from error
 
 
-def fetch(client: Any, version: Any, place: Path, *, again: bool = False) -> Path:
-    """The folder of a model version, copied to `place` once and looked at file by file; `again`: not kept, only seen.
+def fetch(client: Any, version: Any, place: Path) -> Path:
+    """The folder of a model version, copied to `place` once and looked at file by file.
 
     Raises:
         TrackingError: when it is gone, or is not what was registered.
@@ -147,11 +147,6 @@ def fetch(client: Any, version: Any, place: Path, *, again: bool = False) -> Pat
     model = f"models:/{version.name}/{version.version}"
     digest = version.tags.get("manifest", "")
     folder = place / f"{version.name}-{version.version}-{digest[:12]}"
-    if again:
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place) as scratch:
-            fetch(client, version, Path(scratch))
-        return folder
     if folder.exists():
         if manifest_digest(manifest_of(folder)) == digest:
             return folder
@@ -169,6 +164,17 @@ def fetch(client: Any, version: Any, place: Path, *, again: bool = False) -> Pat
         check_folder(partial, manifest, digest, model)
         (partial / NAME).unlink()
     return folder
+
+
+def check_stored(client: Any, version: Any, place: Path) -> None:
+    """Fetch a model version for a moment, to `place`, so that what is looked at are the stored bytes.
+
+    Raises:
+        TrackingError: as `fetch` does.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place) as scratch:
+        fetch(client, version, Path(scratch))
 
 
 def _only_missing(error: Any) -> None:

@@ -12,7 +12,8 @@ from components.tracking import registry
 from components.tracking.client import experiment_id, make_client
 from components.tracking.spool import Entry, Gone, Handler, Known, Spool
 
-_LONGEST = 500  # characters of a param, which older servers take; the artifact config.json has all
+LONGEST = 500
+"""Characters of a param, which older servers take, too; the artifact config.json has all."""
 
 
 class Input(NamedTuple):
@@ -37,24 +38,33 @@ def open_spool(folder: Path, uri: str, tell: Callable[[str], None]) -> Spool:
 
 
 def put_run(
-    spool: Spool, recipe: Recipe, name: str, folder: Path, tags: Mapping[str, str], inputs: Sequence[Input] = ()
-) -> int:
-    """The run with the resolved recipe as params and artifact, or one more attempt at it. Returns its number."""
+    spool: Spool, experiment: str, storage: Path, folder: Path, settings: Mapping[str, Any], tags: Mapping[str, str], *,
+    name: str | None = None, files: Sequence[Path] = (), inputs: Sequence[Input] = (),
+) -> int:  # fmt: skip
+    """The run of `folder` with its settings as params, or one more attempt at it. Returns the attempt's number.
+
+    Settings that are too long for a param are left out; `name` is the folder's by default.
+    """
     attempt = 1 + sum(entry["kind"] in ("run", "attempt") for entry in spool.entries())
     if attempt > 1:
         spool.put("attempt", attempt=attempt)
         return attempt
-    settings = leaves(recipe.model_dump(mode="json", exclude_none=True))
     params = {key: json.dumps(value) if isinstance(value, list) else str(value) for key, value in settings.items()}
     spool.put(
-        "run", experiment=recipe.tracking.experiment, storage=str(folder.parent), name=name,
+        "run", experiment=experiment, storage=str(storage), name=name or folder.name,
         tags={**tags, "run_folder": str(folder), "attempts": "1"},
-        params={key: value for key, value in params.items() if len(value) < _LONGEST},
+        params={key: value for key, value in params.items() if len(value) <= LONGEST},
     )  # fmt: skip
-    spool.put("artifact", path=str(folder / "config.json"))
+    for file in files:
+        spool.put("artifact", path=str(file))
     if inputs:
         spool.put("inputs", inputs=[given._asdict() for given in inputs])
     return attempt
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """A resolved recipe as MLflow's pages show it: by dotted name, without what is not set."""
+    return leaves(recipe.model_dump(mode="json", exclude_none=True))
 
 
 def put_lines(spool: Spool, lines: list[dict[str, Any]]) -> None:
@@ -160,8 +170,7 @@ def _send_model(client: Any, known: Known, entry: Entry) -> Known:
         )  # fmt: skip
     except TrackingError as error:
         raise Gone(str(error)) from error
-    source = client.get_model_version(registry.candidates(entry["name"]), version).source
-    return {"version": version, "model_id": source.removeprefix("models:/")}
+    return {"version": str(version.version), "model_id": version.source.removeprefix("models:/")}
 
 
 def _send_end(client: Any, known: Known, entry: Entry) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from components.background import in_background
 from components.files import append_line, lines_after, read_lines, write_whole, writing
 from components.tracking.client import hidden, shown_uri
 
@@ -85,21 +86,15 @@ class Spool:
     @contextmanager
     def sending(self, pause: float = 1.0) -> Iterator[None]:
         """Inside, entries are sent by a thread as they come. What is not sent yet on leaving stays."""
-        done = threading.Event()
 
-        def run() -> None:
+        def run(done: threading.Event) -> None:
             failures = 0
             while not done.is_set():
                 failures = 0 if self.send(done.is_set) else failures + 1
                 done.wait(_PAUSES[min(failures, len(_PAUSES)) - 1] if failures else pause)
 
-        thread = threading.Thread(target=run, name="mlflow", daemon=True)
-        thread.start()
-        try:
+        with in_background(run, "mlflow"):
             yield
-        finally:
-            done.set()
-            thread.join()
 
     def drain(self, patience: float, limit: float = float("inf")) -> int:
         """Send until all is sent, the server has failed to answer for `patience` seconds, or `limit` seconds are over.

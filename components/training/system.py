@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from components.background import in_background
 from components.files import append_line, read_lines
 
 _EVERY = 10.0  # seconds
@@ -21,9 +22,9 @@ def watched(folder: str | None, node: int) -> Iterator[None]:
         yield
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    file, done = Path(folder) / f"node{node}.jsonl", threading.Event()
+    file = Path(folder) / f"node{node}.jsonl"
 
-    def run() -> None:
+    def run(done: threading.Event) -> None:
         psutil.cpu_percent()  # the first answer is about nothing, later ones about the time since
         number = len(read_lines(file))
         last = False
@@ -33,13 +34,8 @@ def watched(folder: str | None, node: int) -> Iterator[None]:
                 append_line(file, {"time": time.time(), "step": number, **_sample(node, folder)})
             number += 1
 
-    thread = threading.Thread(target=run, name="system", daemon=True)
-    thread.start()
-    try:
+    with in_background(run, "system"):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def _sample(node: int, folder: str) -> dict[str, float]:

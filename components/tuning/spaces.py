@@ -10,7 +10,7 @@ from typing import Any
 from components.config import NOT_PART_OF_TRAINING, Recipe, digest, leaves
 from components.config.tuning import Searched, Space
 from components.errors import ConfigError
-from components.load_config import checked, load_recipe, merge, parse_override, read_yaml
+from components.load_config import checked, load_recipe, merge, nested, parse_override, read_yaml
 from components.tuning import expressions
 
 Params = dict[str, Any]
@@ -54,6 +54,7 @@ def load_sweep(files: Sequence[str], overrides: Sequence[str]) -> tuple[Recipe, 
 
 
 def _over(raw: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`new` over `raw`, section by section; unlike a recipe's, those of a space keep their keys with another type."""
     both = {key: _over(raw[key], value) for key, value in new.items() if isinstance(value, dict) and key in raw}
     return {**raw, **new, **both}
 
@@ -117,13 +118,6 @@ def look_up(raw: Any, path: str) -> Any:
     for key in path.split("."):
         raw = raw.get(key) if isinstance(raw, dict) else None
     return raw
-
-
-def nested(path: str, value: Any) -> dict[str, Any]:
-    """`a.b` and 1 → {a: {b: 1}}."""
-    for key in reversed(path.split(".")):
-        value = {key: value}
-    return value
 
 
 def grid_points(space: Space, base: dict[str, Any]) -> list[Params]:

@@ -1,8 +1,7 @@
 """A sweep's best trial as a candidate, with its evidence, as a run of unlearn.py leaves it: promote.py takes it."""
 
-import time
-
 from components.config import registered_name
+from components.console import utc
 from components.models import fingerprint
 from components.tracking.gates import CANDIDATE
 from components.tracking.registry import candidates
@@ -14,18 +13,16 @@ from pipelines.evaluate import evaluate_model, retain_reference, score_models
 from pipelines.evidence import PATIENCE, evidence_of
 from pipelines.finetune import Model
 from pipelines.hand_over import put_candidate, run_tags
-from pipelines.sweeps.shared import read_shared
+from pipelines.sweeps.shared import alone, read_shared
 
 
 def offer(sweep: Sweep, best: Trial, spool: Spool) -> None:
     """Have the trial's model registered, once; what it and the models to compare with said is found."""
     name = candidates(registered_name(sweep.recipe))
     if not any(entry["kind"] == "model" for entry in spool.entries()):
-        shared, recipe = read_shared(sweep.folder), recipe_of(sweep.recipe, best.params)
-        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": 0})})
+        shared, recipe = read_shared(sweep.folder), alone(recipe_of(sweep.recipe, best.params))
         model = Model(best.folder / "model", fingerprint(best.folder / "model"))
-        retain_only = {"retain-only": shared.retain_only} if shared.retain_only else {}
-        models = {"original": shared.original, CANDIDATE: model, **retain_only}
+        models = {**shared.models, CANDIDATE: model}
         records = score_models(recipe, models, shared.questions)
         reference = retain_reference(recipe, records.get("retain-only"))
         evaluated = {name: evaluate_model(recipe, models[name], table, reference) for name, table in records.items()}
@@ -33,8 +30,8 @@ def offer(sweep: Sweep, best: Trial, spool: Spool) -> None:
         spool.put("artifact", path=str(best.folder / "config.json"))
         put_candidate(
             spool, recipe, best.folder, evidence_of(models, evaluated, shared.questions, None),
-            run_tags(recipe, shared.original.hash, digests, stage="sweep"), steps=best.steps,
-            trained_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime((best.folder / "result.json").stat().st_mtime)),
+            run_tags(recipe, models["original"].hash, digests, stage="sweep"), steps=best.steps,
+            trained_at=utc((best.folder / "result.json").stat().st_mtime),
             description=f"Best of the sweep {sweep.folder.name}: {best.name}.",
         )  # fmt: skip
     spool.drain(PATIENCE)

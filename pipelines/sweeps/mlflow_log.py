@@ -2,14 +2,16 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from components.background import in_background
 from components.config import Recipe, leaves
 from components.config.tuning import Space
 from components.files import read_lines
-from components.tracking.run import last_step, open_spool, put_lines, put_metrics
+from components.tracking.run import LONGEST, last_step, open_spool, put_lines, put_metrics, put_run, settings_of
 from components.tracking.spool import Spool
 from components.tuning import pareto
 from components.tuning.spaces import recipe_of
@@ -29,14 +31,13 @@ class Log:
         self.recipe, self.folder, self.storage = recipe, folder, storage_folder(recipe)
         self.parent = self._open(folder)
         self.spools: dict[int, Spool] = {}
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._send, name="mlflow", daemon=True)
+        self.sending = ExitStack()
 
     def __reduce__(self) -> Any:  # Ray Tune writes down whom it tells
         return (Log, (self.recipe, self.folder))
 
     def __enter__(self) -> "Log":
-        self.thread.start()
+        self.sending.enter_context(in_background(self._send, "mlflow"))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -45,8 +46,7 @@ class Log:
             for spool in [self.parent, *self.spools.values()]:
                 if not _has_ended(spool):
                     spool.put("end", status=status)
-        self.done.set()
-        self.thread.join()
+        self.sending.close()
         deadline = time.monotonic() + _LIMIT
         for spool in [self.parent, *self.spools.values()]:
             if spool.drain(_PATIENCE, limit=max(0.0, deadline - time.monotonic())):
@@ -55,23 +55,20 @@ class Log:
     def _open(self, folder: Path) -> Spool:
         return open_spool(folder, tracking_uri(self.recipe), telling("MLflow"))
 
-    def _send(self) -> None:
+    def _send(self, done: threading.Event) -> None:
         while True:
             for spool in [self.parent, *list(self.spools.values())]:
-                if not spool.send(self.done.is_set):
+                if not spool.send(done.is_set):
                     break
-            if self.done.wait(_PAUSE):
+            if done.wait(_PAUSE):
                 return
 
     def begin(self, space: Space) -> None:
         """The sweep's own run."""
-        if _again(self.parent):
-            return
-        params = {f"space.{path}": f"{about.kind} {about.values}"[:500] for path, about in space.space.items()}
-        params |= {f"goal_{i + 1}": goal_name(space, i)[:500] for i in range(len(space.goals))}
-        params |= {key: str(value) for key, value in leaves(space.search.model_dump(), "search.").items()}
-        params |= {key: str(value) for key, value in leaves(space.scheduler.model_dump(), "scheduler.").items()}
-        self._run(self.parent, self.folder, params, {"recipe": self.recipe.name, "kind": "sweep"})
+        settings = {f"space.{path}": f"{about.kind} {about.values}"[:LONGEST] for path, about in space.space.items()}
+        settings |= {f"goal_{i + 1}": goal_name(space, i)[:LONGEST] for i in range(len(space.goals))}
+        settings |= leaves(space.search.model_dump(), "search.") | leaves(space.scheduler.model_dump(), "scheduler.")
+        self._run(self.parent, self.folder, settings, {"recipe": self.recipe.name, "kind": "sweep"})
 
     def _parent_id(self) -> str | None:
         """What trials name; waited for only until it is known that the server does not answer."""
@@ -83,15 +80,10 @@ class Log:
     def begins(self, trial: Trial) -> None:
         """A trial's run, below the sweep's."""
         spool = self.spool(trial)
-        if _again(spool):
-            return
-        recipe = recipe_of(self.recipe, trial.params)
-        settings = leaves(recipe.model_dump(mode="json", exclude_none=True))
-        params = {key: str(value) for key, value in settings.items() if len(str(value)) < 500}
         tags = {"kind": "trial", "sweep": self.folder.name, "recipe": self.recipe.name}
         if parent := self._parent_id():
             tags["mlflow.parentRunId"] = parent
-        self._run(spool, trial.folder, params, tags)
+        self._run(spool, trial.folder, settings_of(recipe_of(self.recipe, trial.params)), tags)
 
     def reports(self, trial: Trial) -> None:
         """The steps since the last report, as one entry."""
@@ -144,23 +136,12 @@ class Log:
             self.spools[trial.number] = self._open(trial.folder)
         return self.spools[trial.number]
 
-    def _run(self, spool: Spool, folder: Path, params: dict[str, str], tags: dict[str, str]) -> None:
+    def _run(self, spool: Spool, folder: Path, settings: Mapping[str, Any], tags: dict[str, str]) -> None:
         name = folder.name if spool is self.parent else f"{self.folder.name}/{folder.name}"
-        spool.put(
-            "run", experiment=self.recipe.tracking.experiment, storage=str(self.storage), name=name,
-            tags={**tags, "run_folder": str(folder)}, params=params,
-        )  # fmt: skip
+        put_run(spool, self.recipe.tracking.experiment, self.storage, folder, settings, tags, name=name)
 
 
 def _has_ended(spool: Spool) -> bool:
     """Whether what was put last of a run is that it ended."""
     kinds = [entry["kind"] for entry in spool.entries() if entry["kind"] in ("run", "attempt", "end")]
     return not kinds or kinds[-1] == "end"
-
-
-def _again(spool: Spool) -> bool:
-    """Put one more attempt at a run that was put down before. Returns whether it was."""
-    kinds = [entry["kind"] for entry in spool.entries()]
-    if "run" in kinds:
-        spool.put("attempt", attempt=1 + kinds.count("run") + kinds.count("attempt"))
-    return "run" in kinds

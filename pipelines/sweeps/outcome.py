@@ -1,8 +1,6 @@
 """What a sweep leaves for people: trials.csv, best.yaml, plots, report, and a summary to read."""
 
-import base64
 import html
-import io
 import json
 import shlex
 import sys
@@ -16,6 +14,7 @@ from components.config import Recipe
 from components.config.tuning import Space
 from components.console import number, table
 from components.files import write_whole, writing
+from components.html_page import html_table, images, page, png
 from components.tuning import pareto, plots
 from components.tuning.search import importances
 from components.tuning.spaces import recipe_of
@@ -40,9 +39,9 @@ def write_files(recipe: Recipe, space: Space, folder: Path, trials: Sequence[Tri
         }  # fmt: skip
         write_whole(folder / "best.json", json.dumps(about, indent=2))
         figures = _figures(space, folder, trials)
-        for name, figure in figures.items():
-            figure.savefig(folder / f"{name}.png", dpi=130, bbox_inches="tight")
-        _write_report(recipe, space, folder, trials, figures)
+        for name, image in figures.items():
+            (folder / f"{name}.png").write_bytes(image)
+        write_whole(folder / "report.html", _report(recipe, space, folder, trials, figures))
     names = ["trials.csv", "best.yaml", "best.json", "report.html", *(f"{name}.png" for name in figures)]
     return [folder / name for name in names]
 
@@ -125,7 +124,7 @@ def _cell(value: Any) -> str:
     return str(value.get("type", json.dumps(value)) if isinstance(value, dict) else value)
 
 
-def _figures(space: Space, folder: Path, trials: Sequence[Trial]) -> dict[str, Any]:
+def _figures(space: Space, folder: Path, trials: Sequence[Trial]) -> dict[str, bytes]:
     models = json.loads((folder / "shared.json").read_text())["metrics"]
     names = short_names(list(space.space))
     drawn = {
@@ -133,16 +132,10 @@ def _figures(space: Space, folder: Path, trials: Sequence[Trial]) -> dict[str, A
         "importance": plots.importance(importances(space, trials), names),
         "parallel": plots.parallel(space, trials, names),
     }
-    return {name: figure for name, figure in drawn.items() if figure is not None}
+    return {name: png(figure) for name, figure in drawn.items() if figure is not None}
 
 
-def _write_report(recipe: Recipe, space: Space, folder: Path, trials: Sequence[Trial], figures: dict[str, Any]) -> None:
-    """One HTML file without outside references."""
-    images = []
-    for figure in figures.values():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-        images.append(f'<img alt="plot" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
+def _report(recipe: Recipe, space: Space, folder: Path, trials: Sequence[Trial], figures: dict[str, bytes]) -> str:
     ended = [[t.name, t.state, t.reason or f"at step {t.steps}"] for t in trials if t.state in ("stopped", "failed")]
     facts = [
         ["recipe", f"{recipe.name}, seed {recipe.seed}"],
@@ -152,38 +145,12 @@ def _write_report(recipe: Recipe, space: Space, folder: Path, trials: Sequence[T
         ["search", f"{space.search.type}, seed {space.search.seed}, scheduler {space.scheduler.type}"],
         *[[path, f"{about.kind} {about.values}"] for path, about in space.space.items()],
     ]
-    body = "\n".join(
-        [
-            f"<h1>{html.escape(folder.name)}</h1>",
-            f'<div class="plots">{"".join(images)}</div>',
-            "<h2>Trials</h2><p>The best first; * is in the Pareto set.</p>"
-            + _table([_header(space), *_rows(space, trials)]),
-            "<h2>Not finished</h2>" + _table([["trial", "state", ""], *ended]) if ended else "",
-            "<h2>How this was made</h2>" + _table([["", ""], *facts]),
-        ]
-    )
-    write_whole(folder / "report.html", _PAGE.format(title=html.escape(folder.name), body=body))
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [
-        "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>"
-        for tag, row in zip(["th", *["td"] * len(rows)], rows, strict=False)
+    blocks = [
+        f"<h1>{html.escape(folder.name)}</h1>",
+        images(list(figures.items())),
+        "<h2>Trials</h2><p>The best first; * is in the Pareto set.</p>",
+        html_table([_header(space)], _rows(space, trials), "numbers"),
+        "<h2>Not finished</h2>" + html_table([["trial", "state", ""]], ended) if ended else "",
+        "<h2>How this was made</h2>" + html_table([], facts),
     ]
-    return f"<table>{''.join(lines)}</table>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.4rem; overflow-wrap: anywhere; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .25rem .7rem; border-bottom: 1px solid #8884; text-align: left; }}
-.plots {{ display: flex; flex-wrap: wrap; gap: .5rem; }}
-img {{ max-width: 100%; max-height: 24rem; background: white; border-radius: 4px; }}
-</style></head><body>
-{body}
-</body></html>
-"""
+    return page(folder.name, blocks, "body { max-width: 70rem; }")

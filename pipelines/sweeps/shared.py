@@ -28,21 +28,21 @@ class Shared(NamedTuple):
     recipe: Recipe
     """Without the trials' own settings; its storage is absolute."""
     space: Space
-    original: Model
-    retain_only: Model | None
+    models: dict[str, Model]
+    """Those to compare with, as `make_models` gives them."""
     rows: dict[str, str]
     """Where they lie, as `Streams.places` says."""
     made_from: dict[str, str]
     questions: dict[str, Prepared]
     metrics: dict[str, dict[str, float]]
-    """Of the models to compare with: `original`, `retain_only`."""
+    """Of those models, as expressions name them: `original`, `retain_only`."""
 
 
 def write_shared(sweep: Path, shared: Shared) -> None:
     """For the trials, which know the sweep's folder only."""
     plain = {
         "recipe": shared.recipe.model_dump(mode="json"), "space": shared.space.model_dump(mode="json"),
-        "original": shared.original, "retain_only": shared.retain_only, "rows": shared.rows,
+        "models": shared.models, "rows": shared.rows,
         "made_from": shared.made_from, "questions": shared.questions, "metrics": shared.metrics,
     }  # fmt: skip
     write_whole(sweep / "shared.json", json.dumps(plain, indent=2, default=str))
@@ -53,15 +53,11 @@ def read_shared(sweep: Path) -> Shared:
     plain = json.loads((sweep / "shared.json").read_text())
     return Shared(
         recipe=Recipe.model_validate(plain["recipe"]), space=Space.model_validate(plain["space"]),
-        original=_model(plain["original"]), retain_only=plain["retain_only"] and _model(plain["retain_only"]),
+        models={name: Model(Path(folder), its_hash) for name, (folder, its_hash) in plain["models"].items()},
         rows=plain["rows"], made_from=plain["made_from"],
         questions={name: Prepared(Path(found[0]), *found[1:]) for name, found in plain["questions"].items()},
         metrics=plain["metrics"],
     )  # fmt: skip
-
-
-def _model(plain: list[str]) -> Model:
-    return Model(Path(plain[0]), plain[1])
 
 
 def in_process(recipe: Recipe) -> bool:
@@ -69,15 +65,21 @@ def in_process(recipe: Recipe) -> bool:
     return recipe.train.workers <= 1
 
 
+def alone(recipe: Recipe) -> Recipe:
+    """The recipe for a process that does everything itself."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": 0})})
+
+
 def trial_job(recipe: Recipe, folder: Path, shared: Shared) -> Job:
     """What `recipe` trains in `folder`; the reference pass is found, or made where only this trial needs it."""
     if in_process(recipe):
-        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": 0})})
+        recipe = alone(recipe)
+    original = shared.models["original"]
     used = (*recipe.objective.groups(), "normal_without")
     rows = {name: place for name, place in shared.rows.items() if name in used}
-    job = unlearning_job(recipe, folder, shared.original.folder, rows, shared.made_from, _checkpoints(recipe, folder))
+    job = unlearning_job(recipe, folder, original.folder, rows, shared.made_from, _checkpoints(recipe, folder))
     job = job.model_copy(update={"group": str(folder / "group")})
-    return with_references(job, shared.original.hash, storage_folder(recipe))
+    return with_references(job, original.hash, storage_folder(recipe))
 
 
 def clear(folder: Path, recipe: Recipe) -> None:
@@ -100,7 +102,8 @@ def make_shared(sweep: Sweep) -> None:
     """
     storage = storage_folder(sweep.recipe)
     recipe = sweep.recipe.model_copy(update={"storage": str(storage)})
-    original, retain_only = make_models(recipe)
+    models = make_models(recipe)
+    original = models["original"]
     check_context(recipe, original.folder)
     corners = [recipe_of(recipe, params) for params in corner_points(sweep.space, recipe)]
     facts = tokenizer_facts(load_tokenizer(original.folder))
@@ -112,12 +115,11 @@ def make_shared(sweep: Sweep) -> None:
         rows |= streams.places()
         made_from |= {name: prepared.digest for name, prepared in streams.sets().items()}
     questions = prepare_questions(recipe, original)
-    models = {"original": original, **({"retain-only": retain_only} if retain_only else {})}
     records = score_models(recipe, models, questions)
     reference = retain_reference(recipe, records.get("retain-only"))
     found = {name: evaluate_model(recipe, models[name], table, reference) for name, table in records.items()}
     metrics = {name.replace("-", "_"): evaluated.values for name, evaluated in found.items()}
-    shared = Shared(recipe, sweep.space, original, retain_only, rows, made_from, questions, metrics)
+    shared = Shared(recipe, sweep.space, models, rows, made_from, questions, metrics)
     if (sweep.folder / "shared.json").exists():
         _check_same(sweep.folder, read_shared(sweep.folder).made_from, made_from)
     try:

@@ -22,7 +22,7 @@ from components.tuning.spaces import judged, recipe_of
 from components.tuning.trials import end_trial, reports, trial_folder
 from pipelines.evaluate import evaluate_model, retain_reference, score_model, score_models
 from pipelines.finetune import Model
-from pipelines.sweeps.shared import Shared, clear, in_process, read_shared, trial_job
+from pipelines.sweeps.shared import Shared, alone, clear, in_process, read_shared, trial_job
 
 _LOOK = 0.2  # seconds between two looks at what training has written
 _PATIENCE = 120.0  # seconds that a trial which is to stop may take for its present step
@@ -69,12 +69,8 @@ def _train(job: Job, folder: Path) -> None:
 
 def _evaluate(recipe: Recipe, folder: Path, shared: Shared) -> dict[str, float]:
     if in_process(recipe):
-        train = recipe.train.model_copy(update={"workers": 0})
-        recipe = recipe.model_copy(update={"train": train})
-    models = {"original": shared.original}
-    if shared.retain_only:
-        models["retain-only"] = shared.retain_only
-    known = score_models(recipe, models, shared.questions)  # found
+        recipe = alone(recipe)
+    known = score_models(recipe, shared.models, shared.questions)  # found
     model = Model(folder / "model", fingerprint(folder / "model"))
     records = score_model(recipe, model, shared.questions, known["original"])
     return evaluate_model(recipe, model, records, retain_reference(recipe, known.get("retain-only"))).values
