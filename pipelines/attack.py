@@ -8,7 +8,6 @@ retain-only models, and the folders given, else the recipe's own run. What is sc
 
 import functools
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from components.evidence import Evaluated
 from components.models import context_length, fingerprint, load_tokenizer, tokenizer_facts
 from components.training.job import Job
 from components.training.launch import run_job
-from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
+from pipelines.cli import Command, leave, ray_session, run_cli, say, storage_folder
 from pipelines.evaluate import compared_models, given_models, prepare_questions, score_model, with_folders
 from pipelines.evidence import add_evidence, evidence_of, own_run
 from pipelines.finetune import Model, check_inputs
@@ -172,4 +171,4 @@ def _relearn(recipe: Recipe, relearn: Relearn, steps: int, model: Model, folder:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(__doc__, run, plan, words="models, suite=NAME"))
+    leave(run_cli(__doc__, run, plan, words="models, suite=NAME"))

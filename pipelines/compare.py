@@ -23,7 +23,7 @@ from components.config import Recipe, Section
 from components.console import number, table
 from components.errors import ConfigError, TrainingError
 from components.files import read_lines, write_whole
-from pipelines.cli import exit_code, parse_arguments, say
+from pipelines.cli import exit_code, leave, parse_arguments, say
 from pipelines.finetune import inputs_digest
 from pipelines.unlearn import run_folder
 
@@ -161,4 +161,4 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

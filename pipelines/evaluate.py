@@ -8,7 +8,6 @@ models:/<name>@<alias>. A suite (pipelines/suites/) says what is measured; one w
 recipe. What is already scored is not scored again.
 """
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from components.evidence import Evaluated
 from components.models import fingerprint, load_tokenizer, local_folder, tokenizer_facts
 from components.tracking.client import make_client
 from components.tracking.promotion import fetch_registered
-from pipelines.cli import Command, ray_session, run_cli, say, storage_folder, tracking_uri
+from pipelines.cli import Command, leave, ray_session, run_cli, say, storage_folder, tracking_uri
 from pipelines.evidence import add_evidence, evidence_of, own_run
 from pipelines.finetune import Model, check_context, check_inputs, make_models
 from pipelines.prepare import set_aside
@@ -191,4 +190,4 @@ def _short_name(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(__doc__, run, plan, words="models, suite=NAME"))
+    leave(run_cli(__doc__, run, plan, words="models, suite=NAME"))

@@ -8,7 +8,6 @@ Both are kept under <storage>/models by the hash of what they were made from, an
 """
 
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +54,7 @@ from components.models import (
 from components.training.checkpoint_files import Place, remove_all
 from components.training.job import Job
 from components.training.launch import check_cluster, run_job
-from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
+from pipelines.cli import Command, leave, ray_session, run_cli, say, storage_folder
 from pipelines.training import checkpoint_place, say_stopped, shown, telling
 
 _COUNTED_BYTES = 64 << 20  # a plan must be there at once
@@ -341,4 +340,4 @@ def planned_parameters(recipe: Recipe) -> int | None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(__doc__, run, plan))
+    leave(run_cli(__doc__, run, plan))

@@ -8,7 +8,6 @@ normal. Answers are shown in brackets, their tokens parted by bars. What is prep
 
 import argparse
 import shutil
-import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +25,7 @@ from components.data.rows import PreparedRows
 from components.data.tokenise import data_settings
 from components.errors import DataError
 from components.models import load_tokenizer, tokenizer_facts, tokenizer_folder
-from pipelines.cli import Command, ray_session, run_cli, say, storage_folder
+from pipelines.cli import Command, leave, ray_session, run_cli, say, storage_folder
 from pipelines.finetune import base_folder, check_context, check_sources, count_rows, planned_steps
 from pipelines.training import telling
 
@@ -226,4 +225,4 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(__doc__, run, plan, add_options=_options))
+    leave(run_cli(__doc__, run, plan, add_options=_options))

@@ -14,7 +14,6 @@ import argparse
 import getpass
 import os
 import socket
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from components.tracking.client import hidden, make_client, shown_uri
 from components.tracking.gates import CANDIDATE, GateResult, gate_table, judge
 from components.tracking.ledger import Entry, Ledger, Lost, champion_of, find_ledger, make_ledger
 from components.tracking.promotion import add_pyfunc, copy_in, fetch_registered, sound
-from pipelines.cli import Command, run_cli, say, storage_folder, tracking_uri
+from pipelines.cli import Command, leave, run_cli, say, storage_folder, tracking_uri
 from pipelines.promotion_evidence import (
     certify,
     evidence_of_entry,
@@ -337,4 +336,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -8,7 +8,6 @@ command goes on with a sweep that was stopped, and shows one that is finished.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from components.tuning import pareto
 from components.tuning.search import planned_trials
 from components.tuning.spaces import load_sweep, sweep_name
 from components.tuning.trials import Sweep, Trial, goal_name
-from pipelines.cli import exit_code, ray_session, say, storage_folder
+from pipelines.cli import exit_code, leave, ray_session, say, storage_folder
 from pipelines.finetune import count_rows, planned_steps
 from pipelines.sweeps.outcome import summary_text, write_files
 
@@ -152,4 +151,4 @@ def _search(sweep: Sweep, count: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

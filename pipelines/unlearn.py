@@ -10,7 +10,6 @@ gates hold, as champion.
 import functools
 import json
 import shutil
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +29,7 @@ from components.tracking.spool import Spool
 from components.training.checkpoint_files import Place, remove_all
 from components.training.launch import run_job
 from pipelines.before_after import evaluate_after, evaluate_before
-from pipelines.cli import Command, ray_session, run_cli, say, storage_folder, tracking_uri
+from pipelines.cli import Command, leave, ray_session, run_cli, say, storage_folder, tracking_uri
 from pipelines.environment import environment
 from pipelines.evidence import PATIENCE, tell_unsent
 from pipelines.finetune import (
@@ -231,4 +230,4 @@ def _train(
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(__doc__, run, plan))
+    leave(run_cli(__doc__, run, plan))

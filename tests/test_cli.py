@@ -1,5 +1,7 @@
 import errno
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,6 +85,13 @@ def test_a_full_disk_is_one_paragraph_with_its_place(capsys: pytest.CaptureFixtu
     told = capsys.readouterr().err
     assert told.startswith("StorageError: File cannot be written (path=/dev/full, bytes free=")
     assert "No space left on device" in told
+
+
+def test_a_command_leaves_with_its_code_and_all_that_it_said() -> None:
+    """Also where its output is a pipe, and where what libraries have registered for the end says something."""
+    code = "import atexit; from pipelines.cli import leave; atexit.register(print, 'last'); print('said'); leave(3)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "said\nlast\n", "")
 
 
 def test_a_run_folder_has_one_writer(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """MLflow clients, and what is asked of a server in the same way everywhere."""
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from components.errors import TrackingError
+from components.process import environment
 
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias that is not there
 
@@ -78,7 +78,7 @@ def addressed(client: Any) -> Iterator[None]:
     """Inside, MLflow's parts that ask no client in particular ask this one's server."""
     import mlflow
 
-    with _restored("MLFLOW_TRACKING_URI"):
+    with environment(MLFLOW_TRACKING_URI=client.tracking_uri):
         mlflow.set_tracking_uri(client.tracking_uri)
         try:
             yield
@@ -89,18 +89,5 @@ def addressed(client: Any) -> Iterator[None]:
 @contextmanager
 def long_requests() -> Iterator[None]:
     """A server may take long to store a large file before it answers."""
-    with _restored("MLFLOW_HTTP_REQUEST_TIMEOUT"):
-        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "300"
+    with environment(MLFLOW_HTTP_REQUEST_TIMEOUT="300"):
         yield
-
-
-@contextmanager
-def _restored(variable: str) -> Iterator[None]:
-    """What the block does to an environment variable is undone."""
-    before = os.environ.get(variable)
-    try:
-        yield
-    finally:
-        os.environ.pop(variable, None)
-        if before is not None:
-            os.environ[variable] = before

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from components.background import in_background
 from components.files import lines_after
+from components.process import in_background
 
 Lines = list[dict[str, Any]]
 

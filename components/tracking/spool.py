@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.background import in_background
 from components.files import append_line, lines_after, read_lines, write_whole, writing
+from components.process import in_background
 from components.tracking.client import hidden, shown_uri
 
 _BATCH = 900  # metric points in one request, of at most 1000

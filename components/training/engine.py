@@ -14,6 +14,7 @@ from components.config import Train
 from components.errors import BadNumbers
 from components.layers import Watch
 from components.models import without_warnings
+from components.process import environment
 
 
 class Outputs(NamedTuple):
@@ -100,8 +101,10 @@ def optimizer_parameters(engine: Any) -> list[nn.Parameter]:
 
 
 def _import_deepspeed() -> Any:
-    with without_warnings():
+    # It has torch compile an optimizer that is not used here, for which a second and more of imports is needed
+    with without_warnings(), environment(TORCHDYNAMO_DISABLE="1"):
         import deepspeed
+        import deepspeed.runtime.zero.muon.muon_optimizer
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     from deepspeed.runtime import bf16_optimizer
 

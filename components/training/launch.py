@@ -101,6 +101,8 @@ def _run_here(job: Job) -> dict[str, Any]:
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it, whoever started the process group
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    gc.collect()
+    gc.freeze()  # libraries are not walked over again by those who collect later: DeepSpeed, and this function's end
     try:
         with watched(job.system, 0):
             return train_loop(job, rank=0, world=1, device=inference_device())

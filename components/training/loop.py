@@ -68,6 +68,8 @@ def train_loop(
             try:
                 course, measured, tokens, rows = one_step(setup, course, steps)
             except BadNumbers as bad:
+                if saving and course.bad_steps >= job.train.max_bad_steps:
+                    saving.abandon()  # before it is told which checkpoint is the last
                 course, measured, tokens, rows = leave_out(setup, course, bad)
             number = course.step
             if job.train.probe and (number % job.train.probe.every == 0 or number == steps):

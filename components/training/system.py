@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from components.background import in_background
 from components.files import append_line, read_lines
+from components.process import in_background
 
 _EVERY = 10.0  # seconds
 

@@ -31,7 +31,6 @@ _SETTINGS = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # a sweep goes on from its trials' folders
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_MAX_PENDING_TRIALS_PG": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 """Read by Ray Tune when it is imported."""
@@ -66,6 +65,7 @@ def run_trials(sweep: Sweep, count: int, at_once: int, log: Log) -> None:
         Stopped: after Ctrl-C or SIGTERM; what was begun is gone on with later.
     """
     os.environ.update({name: os.environ.get(name, value) for name, value in _SETTINGS.items()})
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once)  # the first ones start together
     from ray import tune
 
     from pipelines.sweeps.trial import Run

@@ -7,10 +7,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from components.background import in_background
 from components.config import Recipe, leaves
 from components.config.tuning import Space
 from components.files import read_lines
+from components.process import in_background
 from components.tracking.run import LONGEST, last_step, open_spool, put_lines, put_metrics, put_run, settings_of
 from components.tracking.spool import Spool
 from components.tuning import pareto
