@@ -1,5 +1,6 @@
 """What the pipelines that train share: where checkpoints lie, and what is shown while training goes on."""
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -80,6 +81,12 @@ def with_references(job: Job, original_hash: str, place: Path, tell: bool = Fals
         for group, what in needs(job.objective).items()
     }
     return job.model_copy(update={"reference": references})
+
+
+def forget_cache(place: Path) -> None:
+    """Remove what was made from rows under `place`, as for `data.cache: false`."""
+    for name in ("prepared", "reference", "overlap", "fingerprints"):
+        shutil.rmtree(place / name, ignore_errors=True)
 
 
 def say_stopped(outcome: dict[str, Any]) -> None:

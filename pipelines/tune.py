@@ -14,14 +14,15 @@ from pathlib import Path
 
 from components.console import duration
 from components.errors import ConfigError, TrainingError
-from components.files import only_one, writing
+from components.files import only_one, read_lines, writing
 from components.tuning import pareto
-from components.tuning.search import planned_trials
+from components.tuning.search import next_point, planned_trials
 from components.tuning.spaces import load_sweep, sweep_name
 from components.tuning.trials import Sweep, Trial, goal_name
 from pipelines.cli import exit_code, leave, ray_session, say, storage_folder
 from pipelines.finetune import count_rows, planned_steps
 from pipelines.sweeps.outcome import summary_text, write_files
+from pipelines.sweeps.shared import tidy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,8 +81,6 @@ def plan(sweep: Sweep) -> str:
 
 def _like_it(sweep: Sweep, steps: int | None) -> float | None:
     """Seconds that runs of this recipe took a step, times the steps."""
-    from components.files import read_lines
-
     for file in sorted(storage_folder(sweep.recipe).glob(f"*-{sweep.recipe.name}-*/metrics.jsonl")):
         if steps and (lines := read_lines(file)):
             return steps * sum(line.get("perf/step_seconds", 0) for line in lines) / len(lines)
@@ -96,30 +95,32 @@ def run(sweep: Sweep) -> None:
     say(f"sweep        {sweep.folder}")
     with only_one(sweep.folder):
         count = planned_trials(sweep.space, sweep.settings)
+        if not count:
+            raise ConfigError("The grid has no point that is a recipe and meets the constraints. Change grid or space.")
         known = sweep.trials()
+        tidy(sweep, known)
         ended = sum(trial.state != "running" for trial in known)
         if known:
-            say(f"trials       {ended} of {count} are done, {len(known) - ended} are gone on with")
+            going_on = f", {len(known) - ended} are gone on with" if ended < count else ""
+            say(f"trials       {ended} of {count} are done{going_on}")
         if ended < count:
             _search(sweep, count)
         trials = sweep.trials()
-        for trial in trials:
-            if trial.state == "failed":
-                say(f"failed       {trial.name}: {trial.reason}")
-        if not any(trial.state == "finished" for trial in trials):
-            raise TrainingError(
-                f"No trial came to its end (folder={sweep.folder}, stopped={_count(trials, 'stopped')}, "
-                f"failed={_count(trials, 'failed')}). Expected at least one. Look at the reasons in their result.json; "
-                "widen the space, or raise scheduler.grace."
-            )
+        _check_some_finished(sweep, trials)
         files = write_files(sweep.recipe, sweep.space, sweep.folder, trials)
         _tell_mlflow(sweep, files)
-    say("\n" + summary_text(sweep.recipe, sweep.space, sweep.folder, trials))
+    say("\n" + summary_text(sweep.space, sweep.folder, trials))
     say(f"\nall in {duration(time.perf_counter() - started)}")
 
 
-def _count(trials: Sequence[Trial], state: str) -> int:
-    return sum(trial.state == state for trial in trials)
+def _check_some_finished(sweep: Sweep, trials: Sequence[Trial]) -> None:
+    if any(trial.state == "finished" for trial in trials):
+        return
+    counts = ", ".join(f"{state}={sum(t.state == state for t in trials)}" for state in ("stopped", "failed"))
+    raise TrainingError(
+        f"No trial came to its end (folder={sweep.folder}, {counts}). Expected at least one. Look at the reasons in "
+        "their result.json; widen the space, or raise scheduler.grace."
+    )
 
 
 def _tell_mlflow(sweep: Sweep, files: Sequence[Path]) -> None:
@@ -129,10 +130,13 @@ def _tell_mlflow(sweep: Sweep, files: Sequence[Path]) -> None:
     best = pareto.best(sweep.space, trials)
     with Log(sweep.recipe, sweep.folder) as log:
         log.end(sweep.space, trials, files)
-        if best and best.feasible and (best.folder / "model").exists():
+        if best and best.feasible:
             from pipelines.sweeps.candidate import offer
 
-            offer(sweep, best, log.spool(best))
+            if (best.folder / "model").exists():
+                offer(sweep, best, log.spool(best))
+            else:  # with two goals, trials after it may have made it the best
+                say(f"candidate    none: the model of {best.name} is not kept any more; best.yaml makes it again")
 
 
 def _search(sweep: Sweep, count: int) -> None:
@@ -142,12 +146,21 @@ def _search(sweep: Sweep, count: int) -> None:
     from pipelines.sweeps.shared import make_shared
 
     check_inputs(sweep.recipe)
+    known = sweep.trials()
+    if len(known) < count:
+        next_point(sweep.space, sweep.settings, known, len(known))  # constraints that nothing meets are told now
     with Log(sweep.recipe, sweep.folder) as log:  # a new database takes as long as Ray's start: both at once
         log.begin(sweep.space)
         with ray_session():
             at_once = concurrency(sweep)
             make_shared(sweep)
             run_trials(sweep, count, at_once, log)
+        trials = sweep.trials()
+        tidy(sweep, trials)
+        for trial in trials:
+            if trial.state == "failed":
+                say(f"failed       {trial.name}: {trial.reason}")
+        _check_some_finished(sweep, trials)  # here, so that MLflow hears of it
 
 
 if __name__ == "__main__":

@@ -47,7 +47,15 @@ from pipelines.hand_over import hand_over, inputs, run_tags, source_tags
 from pipelines.outcome import shown_summary, summary_texts
 from pipelines.prepare import Streams, data_counts, notes, prepare_streams
 from pipelines.run_folder import begin, check_begun, run_folder
-from pipelines.training import checkpoint_place, say_stopped, shown, telling, unlearning_job, with_references
+from pipelines.training import (
+    checkpoint_place,
+    forget_cache,
+    say_stopped,
+    shown,
+    telling,
+    unlearning_job,
+    with_references,
+)
 
 _SHORT_PATIENCE = 3.0  # seconds that MLflow may fail to answer when the command failed already
 
@@ -176,8 +184,7 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
     except OSError as error:  # the run is done; they only take room
         say(f"checkpoints  cannot be removed from {checkpoints}: {error}")
     if not recipe.data.cache:
-        for name in ("prepared", "reference", "overlap", "fingerprints"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        forget_cache(folder)
     known = spool.known
     link = (known["experiment_id"], known["run_id"]) if "experiment_id" in known else None
     return {

@@ -55,7 +55,9 @@ def test_expressions_are_numbers_of_names() -> None:
     assert not expressions.holds("a < 3", known)
 
 
-@pytest.mark.parametrize("text", ["a +", "open('x')", "a.b()", "[a]", "'a'", "a if b else c", "True", "a > b", "f(a)"])
+@pytest.mark.parametrize(
+    "text", ["a +", "open('x')", "a.b()", "[a]", "'a'", "a if b else c", "True", "a > b", "f(a)", "abs(a, b)", "min(a)"]
+)
 def test_what_is_no_expression_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="Expression is not understood"):
         expressions.names(text)
@@ -101,6 +103,12 @@ def test_shipped_spaces_fit_the_demo(file: Path) -> None:
         ({"space": EPSILON, "subject_to": ["model_utility"]}, [], "Condition is not understood"),
         ({"space": EPSILON, "scheduler": {"type": "asha"}}, [], "set train.probe.every"),
         ({"space": EPSILON, "constraints": ["optimizer.gama < 1"]}, [], "Did you mean optimizer.gamma"),
+        ({"space": EPSILON, "constraints": ["optimizer.type < 3"]}, [], "Constraint cannot be computed"),
+        ({"space": EPSILON, "constraints": ["optimizer.lr / train.warmup_steps < 3"]}, [], "division by zero"),
+        ({"space": {"optimizer.gama": {"uniform": [1, 2]}}, "constraints": ["train.epochs > 999"]}, [], "Did you mean"),
+        ({"space": EPSILON, "settings": {"train.probe": {"every": 20}}, "scheduler": {"type": "asha", "grace": 10}}, [],
+         "ends before the first probe"),
+        ({"space": EPSILON, "keep": 2}, ["keep.x=2"], "valid integer"),
         ({"space": {"data.max_tokens": {"randint": [9, 99]}}}, [], "all trials share"),
         ({"space": {"seed": {"randint": [0, 9]}}}, [], "all trials share"),
         ({"space": {"train.workers": {"randint": [1, 2]}}}, [], "does not change the result"),
@@ -165,6 +173,31 @@ def test_constraints_hold_for_every_draw(tmp_path: Path) -> None:
     for number in range(30):
         params, _ = next_point(found, base, [], number)
         assert params["optimizer.adaptive.soonest"] < params["optimizer.hessian_interval"]
+
+
+PAIR = {"optimizer.curvature": ["gnb", "hutchinson"], "optimizer.batch_factor": [None, 1.0]}
+
+
+def test_a_combination_that_is_no_recipe_is_not_tried(tmp_path: Path) -> None:
+    """Each choice goes by itself, but batch_factor is of gnb only: it would end the sweep at its trial."""
+    stage = "train.zero_stage=0"
+    recipe, found, _ = load(tmp_path, {"space": {path: {"choice": values} for path, values in PAIR.items()}}, stage)
+    base = recipe.model_dump(mode="json")
+    with pytest.raises(ConfigError):
+        recipe_of(recipe, {"optimizer.curvature": "hutchinson", "optimizer.batch_factor": 1.0})
+    drawn = [next_point(found, base, [], number)[0] for number in range(20)]
+    assert {(p["optimizer.curvature"], p["optimizer.batch_factor"]) for p in drawn} == {
+        ("gnb", None), ("gnb", 1.0), ("hutchinson", None)
+    }  # fmt: skip
+    grid = {"space": {path: {"grid": values} for path, values in PAIR.items()}, "search": {"type": "grid"}}
+    recipe, found, _ = load(tmp_path, grid, stage)
+    assert len(grid_points(found, base)) == 3
+
+
+def test_constraints_that_nothing_meets_are_told(tmp_path: Path) -> None:
+    recipe, found, _ = load(tmp_path, {"space": EPSILON, "constraints": ["objective.forget.weight > 5"]})
+    with pytest.raises(ConfigError, match="No draw of 200"):
+        next_point(found, recipe.model_dump(mode="json"), [], 0)
 
 
 def test_a_grid_is_all_combinations_once(tmp_path: Path) -> None:
@@ -318,6 +351,29 @@ def test_models_are_kept_by_pareto_rank() -> None:
     assert [t.number for t in pareto.kept(space, trials)] == [1, 0]
 
 
+def test_what_meets_the_conditions_is_kept_first_and_ranked_by_itself() -> None:
+    """Trial 3 dominates trial 1, and misses a condition: the Pareto set is 0, 1 and 2 all the same."""
+    space = space_of(keep=3)
+    trials = [trial(0, [0.1], utility=0.3), trial(1, [0.3], utility=0.7), trial(2, [0.2], utility=0.5),
+              trial(3, [0.05], 0.1, utility=0.9)]  # fmt: skip
+    assert {t.number for t in pareto.pareto_set(space, trials)} == {0, 1, 2}
+    assert {t.number for t in pareto.kept(space, trials)} == {0, 1, 2}
+
+
+def test_a_trial_that_is_beaten_does_not_change_which_is_the_best() -> None:
+    """It would when goals were scaled to the range of all trials; the best one's model may be gone by then."""
+    space = space_of(goals=[{"minimise": "forget_probability"}, {"maximise": "model_utility"}], subject_to=[])
+    trials = [trial(0, [0.1, 0.5]), trial(1, [0.3, 0.72])]
+    best = pareto.best(space, trials)
+    assert pareto.best(space, [*trials, trial(2, [0.9, 0.1])]) == best
+
+
+def test_trials_are_read_by_number(tmp_path: Path) -> None:
+    for number in (1000, 101, 2):
+        begin_trial(tmp_path, number, {}, {})
+    assert [t.number for t in read_trials(tmp_path, space_of())] == [2, 101, 1000]
+
+
 def test_importance_tells_what_decides() -> None:
     both = {**EPSILON, "optimizer.gamma": {"uniform": [1, 2]}}
     space = space_of(space=both)
@@ -371,6 +427,18 @@ def test_a_scheduler_that_begins_again_knows_what_was_reported(tmp_path: Path, k
         scheduler.on_trial_add(None, now)
         assert scheduler.on_trial_result(None, now, {"step": 1, "compared": value}) == "CONTINUE"
         assert scheduler.on_trial_result(None, now, {"step": 2, "compared": value}) == decision
+        scheduler.on_trial_complete(None, now, {"step": 2, "done": True})
+        other: Any = Standing("other")
+        scheduler.on_trial_add(None, other)
+        assert scheduler.on_trial_result(None, other, {"step": 2, "compared": 0.9}) == "CONTINUE"
+
+
+def test_a_trial_that_has_done_all_its_steps_is_not_compared(tmp_path: Path) -> None:
+    """Stopped there, it would have cost everything and would not be evaluated."""
+    recipe, space, _ = load(tmp_path, {"settings": {"train.probe": {"every": 1}}, "space": EPSILON})
+    stops = space.scheduler.model_copy(update={"maximise": "probe.normal_probability"})
+    sweep = Sweep(recipe, space.model_copy(update={"scheduler": stops}), tmp_path / "sweep")
+    assert reported(sweep, 0, {7: 0.5, 8: 0.6, 9: 0.7}, "running").reports == {7: 0.5, 8: 0.6}
 
 
 class Standing:
@@ -383,7 +451,7 @@ def test_the_table_stays_in_place_and_fits(tmp_path: Path, capsys: pytest.Captur
     monkeypatch.setenv("LINES", "8")
     recipe, space, _ = load(tmp_path, {"settings": {"train.probe": {"every": 1}}, "space": EPSILON})
     sweep = Sweep(recipe, space, tmp_path / "sweep")
-    shown = Table(space, 12)
+    shown = Table(space)
     shown.live = True
     with shown:
         for number in range(12):
@@ -396,6 +464,6 @@ def test_the_table_stays_in_place_and_fits(tmp_path: Path, capsys: pytest.Captur
     assert last[0].split() == ["trial", "state", "ε1", "step", "forget", "normal", "value", "time"]
     assert [line.split()[0] for line in last[2:]] == ["8", "9", "10", "11"]
     assert "\x1b[6F" in out
-    shown = Table(space, 12)
+    shown = Table(space)
     shown.reports(reported(sweep, 0, {2: 0.6, 3: 0.7}, "running"), 2)
     assert capsys.readouterr().out == "  trial-000 step    2 normal 0.6  0s\n"

@@ -92,11 +92,12 @@ def put_metrics(spool: Spool, prefix: str, metrics: Mapping[str, float], step: i
 
     With `of_model` they are also those of the model that was put before.
     """
-    now = int(time.time() * 1000)
-    told = {(key, value, at) for entry in spool.entries() for key, value, _, at in entry.get("points", ())}
+    now, kind = int(time.time() * 1000), "model_metrics" if of_model else "metrics"
+    alike = [entry for entry in spool.entries() if entry["kind"] == kind]
+    told = {(key, value, at) for entry in alike for key, value, _, at in entry["points"]}
     named = [(f"{prefix}/{key}", value) for key, value in metrics.items()]
     if points := [[key, value, now, step] for key, value in named if (key, value, step) not in told]:
-        spool.put("model_metrics" if of_model else "metrics", points=points)
+        spool.put(kind, points=points)
 
 
 def last_step(spool: Spool) -> int:

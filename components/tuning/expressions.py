@@ -19,6 +19,7 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
 }  # fmt: skip
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"abs": abs, "min": min, "max": max, "log10": math.log10}
+_OF_SEVERAL = ("min", "max")
 _AT_MOST, _AT_LEAST = (ast.Lt, ast.LtE), (ast.Gt, ast.GtE)
 
 
@@ -83,7 +84,9 @@ def _compiled(node: ast.expr, whole: str) -> tuple[list[str], Callable[[Known], 
             return used, lambda known: -of(known)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             parts, combine = [_compiled(side, whole) for side in (left, right)], _OPERATORS[type(op)]
-        case ast.Call(func=ast.Name(id=name), args=[_, *_] as given, keywords=[]) if name in _FUNCTIONS:
+        case ast.Call(func=ast.Name(id=name), args=[_, *_] as given, keywords=[]) if name in _FUNCTIONS and (
+            len(given) > 1
+        ) == (name in _OF_SEVERAL):
             parts, combine = [_compiled(inner, whole) for inner in given], _FUNCTIONS[name]
         case ast.Name() | ast.Attribute() if dotted := _dotted(node):
             return [dotted], lambda known: known[dotted]

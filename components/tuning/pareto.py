@@ -48,21 +48,25 @@ def in_order(space: Space, trials: Sequence[Trial]) -> list[Trial]:
     """The finished trials, the best first.
 
     Those that meet all conditions come before those that do not, and these by how much they miss. With one goal its
-    value decides; with two the Pareto rank, and within a rank the sum of both goals, each scaled to its range.
+    value decides; with two the Pareto rank, and within a rank the sum of both goals, each scaled to its range in the
+    Pareto set.
     """
-    found = points(space, trials)
-    rank = ranks({number: point[: len(space.goals)] for number, point in found.items()})
-    spans = [
-        (min(column), (max(column) - min(column)) or 1.0) for column in zip(*(found[n] for n in found), strict=True)
-    ]
+    finished = [trial for trial in trials if trial.state == "finished"]
+    found = {
+        trial.number: tuple(goal.sign * value for goal, value in zip(space.goals, trial.values, strict=True))
+        for trial in finished
+    }
+    rank = ranks(found)
+    front = [found[number] for number, its in rank.items() if its == 0]
+    spans = [(min(column), (max(column) - min(column)) or 1.0) for column in zip(*front, strict=True)]
 
     def key(trial: Trial) -> tuple[float, ...]:
-        own = found[trial.number][: len(space.goals)]
+        own = found[trial.number]
         missed = sum(max(0.0, excess) for excess in trial.excess)
         together = sum((value - low) / span for value, (low, span) in zip(own, spans, strict=False))
         return (missed, rank[trial.number], together, trial.number)
 
-    return sorted((trial for trial in trials if trial.state == "finished"), key=key)
+    return sorted(finished, key=key)
 
 
 def best(space: Space, trials: Sequence[Trial]) -> Trial | None:
@@ -81,7 +85,9 @@ def pareto_set(space: Space, trials: Sequence[Trial]) -> list[Trial]:
 def kept(space: Space, trials: Sequence[Trial]) -> list[Trial]:
     """The trials whose models are kept: the best, then by Pareto rank."""
     order = in_order(space, trials)
-    rank = ranks(points(space, trials))
-    first = order[:1]
+    rank = {
+        **ranks(points(space, [trial for trial in trials if not trial.feasible])),
+        **ranks(points(space, [trial for trial in trials if trial.feasible])),
+    }
     rest = sorted(order[1:], key=lambda trial: (not trial.feasible, rank[trial.number]))
-    return [*first, *rest][: space.keep]
+    return [*order[:1], *rest][: space.keep]

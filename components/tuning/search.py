@@ -11,7 +11,7 @@ from typing import Any
 from components.config import digest
 from components.config.tuning import Searched, Space
 from components.errors import ConfigError
-from components.tuning.spaces import Params, allowed, choose, grid_points, own_point, with_params
+from components.tuning.spaces import Params, choose, grid_points, own_point, possible
 from components.tuning.trials import Trial
 
 _TRIES = 200  # draws for a point that meets the constraints
@@ -30,7 +30,7 @@ def next_point(
     The first trial has the recipe's own values where the space holds them.
 
     Raises:
-        ConfigError: when no draw meets the constraints.
+        ConfigError: when no draw is a recipe that meets the constraints.
     """
     if space.search.type == "grid":
         return grid_points(space, base)[number], {}
@@ -40,10 +40,13 @@ def next_point(
         study = make_study(space, trials, int(digest([space.search.seed, number, attempt], 8), 16))
         trial = study.ask()
         params = choose(space, base, lambda path, searched, trial=trial: suggest(trial, path, searched))  # type: ignore[misc]
-        if allowed(space, with_params(base, params)):
+        if possible(space, base, params):
             notes = study._storage.get_trial_system_attrs(trial._trial_id)
             return params, {key: value for key, value in notes.items() if not key.startswith("constraints")}
-    raise ConfigError(f"No draw of {_TRIES} meets the space's constraints. Loosen {space.constraints} or the ranges.")
+    raise ConfigError(
+        f"No draw of {_TRIES} is a recipe that meets the constraints ({'; '.join(space.constraints) or 'none'}). "
+        "Expected some. Loosen them, or the ranges."
+    )
 
 
 def suggest(trial: Any, path: str, searched: Searched) -> Any:

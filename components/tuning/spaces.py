@@ -55,7 +55,11 @@ def load_sweep(files: Sequence[str], overrides: Sequence[str]) -> tuple[Recipe, 
 
 def _over(raw: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """`new` over `raw`, section by section; unlike a recipe's, those of a space keep their keys with another type."""
-    both = {key: _over(raw[key], value) for key, value in new.items() if isinstance(value, dict) and key in raw}
+    both = {
+        key: _over(raw[key], value)
+        for key, value in new.items()
+        if isinstance(value, dict) and isinstance(raw.get(key), dict)
+    }
     return {**raw, **new, **both}
 
 
@@ -97,16 +101,32 @@ def recipe_of(base: Recipe, params: Params) -> Recipe:
 
 
 def allowed(space: Space, settings: dict[str, Any]) -> bool:
-    """Whether a recipe's settings meet the space's constraints; one on settings that are not there does not apply."""
-    return all(
-        expressions.holds(text, found)
-        for text in space.constraints
-        if None not in (found := _numbers(text, settings)).values()
-    )
+    """Whether a recipe's settings meet the space's constraints; one on settings that are not there does not apply.
+
+    Raises:
+        ConfigError: where a constraint cannot be computed, as of settings that are no numbers.
+    """
+    return all(_holds_for(text, settings) for text in space.constraints)
 
 
-def _numbers(constraint: str, settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: look_up(settings, name) for name in expressions.names(constraint, condition=True)}
+def _holds_for(constraint: str, settings: dict[str, Any]) -> bool:
+    found = {name: look_up(settings, name) for name in expressions.names(constraint, condition=True)}
+    try:
+        return None in found.values() or expressions.holds(constraint, found)
+    except (TypeError, ArithmeticError, ValueError) as error:
+        shown = ", ".join(f"{name}={json.dumps(value)}" for name, value in found.items())
+        raise ConfigError(
+            f"Constraint cannot be computed ({constraint}; {shown}): {error}. Expected settings that are numbers."
+        ) from None
+
+
+def possible(space: Space, base: dict[str, Any], params: Params) -> bool:
+    """Whether a point meets the constraints and is a recipe: not all choices go together."""
+    raw = with_params(base, params)
+    try:
+        return allowed(space, raw) and bool(checked(Recipe, raw, "recipe"))
+    except ConfigError:
+        return False
 
 
 def _fits(raw: dict[str, Any], path: str, wanted: Any) -> bool:
@@ -126,7 +146,7 @@ def grid_points(space: Space, base: dict[str, Any]) -> list[Params]:
     for values in itertools.product(*(searched.values for searched in space.space.values())):
         given = dict(zip(space.space, values, strict=True))
         params = choose(space, base, lambda path, _, given=given: given[path])  # type: ignore[misc]
-        if allowed(space, with_params(base, params)):
+        if possible(space, base, params):
             found.setdefault(json.dumps(params), params)
     return list(found.values())
 
@@ -184,14 +204,17 @@ def _corner_problems(space: Space, recipe: Recipe) -> Iterator[str]:
             yield f"{path}: is never searched, since nothing gives {json.dumps(space.space[path].when)}."
         for params in points:
             raw = with_params(base, params)
-            if not allowed(space, raw):
-                continue
+            within = allowed(space, raw)
             try:
                 there |= {*leaves(checked(Recipe, raw, "recipe").model_dump(mode="json"))}
             except ConfigError as error:
                 shown = ", ".join(f"{key}={json.dumps(value)}" for key, value in params.items())
                 told = "; ".join(line.strip() for line in str(error).splitlines()[1:])
-                yield f"{told} With {shown}." if told.startswith("recipe") else told
+                if within or "unknown key" in told:
+                    yield f"{told} With {shown}." if told.startswith("recipe") else told
+                continue
+            if not within:
+                continue
             for lost in (key for key, value in params.items() if not _contains(look_up(raw, key), value)):
                 given = f"{path}={json.dumps(params[path])}"
                 yield f"{lost}: has no effect with {given}; name it after what it depends on, with a when."
@@ -250,7 +273,8 @@ def _ends(searched: Searched) -> list[Any]:
 
 
 def _expression_problems(space: Space, recipe: Recipe) -> Iterator[str]:
-    known = metric_names(recipe)
+    known, measured = metric_names(recipe), recipe.evaluation.lm_eval
+    general = tuple(f"lm_eval_{task}_" for task in measured.tasks) if measured else ()
     for text, condition in [(g.expression, False) for g in space.goals] + [(t, True) for t in space.subject_to]:
         try:
             used = expressions.names(text, condition)
@@ -261,7 +285,7 @@ def _expression_problems(space: Space, recipe: Recipe) -> Iterator[str]:
             model, _, metric = name.rpartition(".")
             if model not in ("", "original", "retain_only"):
                 yield f"{text}: {name} is of no model; expected a metric, original.<metric> or retain_only.<metric>."
-            elif metric not in known:
+            elif metric not in known and not metric.startswith(general):
                 yield f"{text}: the recipe's evaluation does not compute {metric}.{_nearest(metric, known)}"
     for text in space.constraints:
         try:
@@ -275,6 +299,11 @@ def _expression_problems(space: Space, recipe: Recipe) -> Iterator[str]:
 def _scheduler_problems(space: Space, recipe: Recipe) -> Iterator[str]:
     if not recipe.train.probe:
         yield f"scheduler.type={space.scheduler.type} compares what train.probe measures: set train.probe.every, too."
+    elif recipe.train.probe.every > space.scheduler.grace:
+        yield (
+            f"scheduler.grace={space.scheduler.grace} ends before the first probe (train.probe.every="
+            f"{recipe.train.probe.every}): what is compared must be of the same step. Raise grace, or probe earlier."
+        )
     probed = {f"probe.{group}_probability" for group in recipe.objective.terms() if group != "random"}
     try:
         used = expressions.names(space.scheduler.maximise)

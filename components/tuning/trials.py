@@ -96,7 +96,8 @@ def explain_failure(folder: Path, reason: str) -> None:
 
 def read_trials(sweep: Path, space: Space) -> list[Trial]:
     """All trials that were begun, by number."""
-    return [read_trial(file.parent, space) for file in sorted(sweep.glob("trial-*/trial.json"))]
+    found = (read_trial(file.parent, space) for file in sweep.glob("trial-*/trial.json"))
+    return sorted(found, key=lambda trial: trial.number)
 
 
 def read_trial(folder: Path, space: Space) -> Trial:
@@ -115,10 +116,10 @@ def read_trial(folder: Path, space: Space) -> Trial:
 
 
 def reports(space: Space, lines: Sequence[dict[str, Any]]) -> dict[int, float]:
-    """What the scheduler compares, by step, out of lines of metrics.jsonl."""
+    """What the scheduler compares, by step, out of lines of metrics.jsonl: not of the last, where all is paid for."""
     found = {}
     for line in lines:
-        if any(key.startswith("probe/") for key in line):
+        if line["step"] < line["steps"] and any(key.startswith("probe/") for key in line):
             known = {key.replace("/", "."): number for key, number in line.items()}
             try:
                 found[line["step"]] = expressions.value(space.scheduler.maximise, known)

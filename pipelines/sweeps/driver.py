@@ -4,17 +4,16 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from components.errors import ClusterError, Stopped
-from components.tuning import pareto
 from components.tuning.search import next_point
 from components.tuning.trials import (
     Sweep,
-    Trial,
     begin_trial,
     end_trial,
     explain_failure,
@@ -23,7 +22,7 @@ from components.tuning.trials import (
 )
 from pipelines.cli import say
 from pipelines.sweeps.mlflow_log import Log
-from pipelines.sweeps.shared import clear, in_process
+from pipelines.sweeps.shared import clear, drop_models, in_process
 from pipelines.sweeps.table import Table
 
 _SETTINGS = {
@@ -34,6 +33,7 @@ _SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 """Read by Ray Tune when it is imported."""
+_PATIENCE = 120.0  # seconds that trials may take for their present step after a signal
 
 
 def concurrency(sweep: Sweep) -> int:
@@ -80,7 +80,7 @@ def run_trials(sweep: Sweep, count: int, at_once: int, log: Log) -> None:
     shutil.rmtree(place, ignore_errors=True)
     where = "in one process" if alone else f"on {train.workers} Ray workers"
     say(f"trials       {count}, {at_once} at once, each {where}")
-    with Table(sweep.space, count) as table:
+    with Table(sweep.space) as table:
         driver = make_driver(sweep, count, table, log)
         tuner = tune.Tuner(
             tune.with_resources(Run, resources),
@@ -94,18 +94,29 @@ def run_trials(sweep: Sweep, count: int, at_once: int, log: Log) -> None:
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )  # fmt: skip
-        with _signals_stop():
+        with _signals_stop(sweep):
             tuner.fit()
     shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager
-def _signals_stop() -> Iterator[None]:
-    """Say that the sweep goes on later, with the signal's own exit code: Ray Tune makes a Ctrl-C of all."""
+def _signals_stop(sweep: Sweep) -> Iterator[None]:
+    """Let running trials write checkpoints, and say that the sweep goes on later, with the signal's own exit code.
+
+    Ray Tune makes a Ctrl-C of all signals, and kills its actors at once.
+    """
     caught: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
         caught.append(number)
+        if len(caught) == 1:
+            say(f"{signal.Signals(number).name}: stopping the trials after this step; once more stops at once")
+            asked = [trial.folder / "stop" for trial in sweep.trials() if trial.state == "running"]
+            for file in asked:
+                file.touch()
+            deadline = time.monotonic() + _PATIENCE
+            while any(file.exists() for file in asked) and time.monotonic() < deadline:
+                time.sleep(0.1)
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -164,7 +175,7 @@ def make_driver(sweep: Sweep, count: int, table: Table, log: Log) -> Driver:
             trials = sweep.trials()
             table.ends(trials[numbers[trial_id]])
             log.ends(trials[numbers[trial_id]])
-            _drop_models(sweep, trials)
+            drop_models(sweep, trials)
 
     class Watch(tune.Callback):
         """Hears of each probe, and why a process ended."""
@@ -173,6 +184,7 @@ def make_driver(sweep: Sweep, count: int, table: Table, log: Log) -> Driver:
             folder = trial_folder(sweep.folder, numbers[trial.trial_id])
             if why := _why(trial.get_pickled_error()):
                 explain_failure(folder, why)
+                log.ends(read_trial(folder, sweep.space))
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
             if result.get("done"):
@@ -204,6 +216,12 @@ def make_scheduler(sweep: Sweep) -> Any:
     """Ray Tune's, told of what trials that ended before reported."""
     from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule
 
+    class Median(MedianStoppingRule):
+        """Told of a trial's end, Ray Tune's own takes it for one more report, and fails where it compares nothing."""
+
+        def on_trial_complete(self, *ended: Any) -> None:
+            pass
+
     config = sweep.space.scheduler
     common: Any = {"time_attr": "step", "metric": "compared", "mode": "max", "grace_period": config.grace}
     scheduler: Any
@@ -212,7 +230,7 @@ def make_scheduler(sweep: Sweep) -> Any:
     if config.type == "asha":
         scheduler = AsyncHyperBandScheduler(**common, max_t=1_000_000, reduction_factor=config.reduction)
     else:
-        scheduler = MedianStoppingRule(**common, min_time_slice=float("inf"))  # type: ignore[arg-type] # never pauses
+        scheduler = Median(**common, min_time_slice=float("inf"))  # type: ignore[arg-type] # never pauses
     for trial in sweep.trials():
         if trial.state != "running":
             stand_in: Any = _Ended(trial.name)
@@ -220,15 +238,6 @@ def make_scheduler(sweep: Sweep) -> Any:
             for step, compared in sorted(trial.reports.items()):
                 scheduler.on_trial_result(None, stand_in, {"step": step, "compared": compared})
     return scheduler
-
-
-def _drop_models(sweep: Sweep, trials: Sequence[Trial]) -> None:
-    """Keep the models of the best trials only."""
-    kept = {trial.number for trial in pareto.kept(sweep.space, trials)}
-    for trial in trials:
-        if trial.state != "running" and trial.number not in kept:
-            for name in ("model", "model-adapter"):
-                shutil.rmtree(trial.folder / name, ignore_errors=True)
 
 
 def _free_groups(sweep: Sweep, folder: Path) -> None:

@@ -44,7 +44,7 @@ class Log:
         if error[0] is not None:
             status = "KILLED" if isinstance(error[1], KeyboardInterrupt) else "FAILED"
             for spool in [self.parent, *self.spools.values()]:
-                if not _has_ended(spool):
+                if _status_of(spool) == "RUNNING":
                     spool.put("end", status=status)
         self.sending.close()
         deadline = time.monotonic() + _LIMIT
@@ -110,10 +110,21 @@ class Log:
     def end(self, space: Space, trials: Sequence[Trial], files: Sequence[Path]) -> None:
         """What came of all: the best trial, files, and the parent's id where a trial was put down without it."""
         best = pareto.best(space, trials)
+        for trial in trials:  # what waits is sent
+            status = _STATUS.get(trial.state)
+            if status and _status_of(self.spool(trial)) not in (status, None):
+                self.ends(trial)  # it ended while its driver did
+        if best is not None and all(entry.get("trials") != len(trials) for entry in self.parent.entries()):
+            self._conclude(space, trials, best, files)
+        self.parent.drain(_PATIENCE)
+        parent = self.parent.known.get("run_id")
         for trial in trials:
-            self.spool(trial)  # what waits is sent
-        if best is None or any(entry.get("trials") == len(trials) for entry in self.parent.entries()):
-            return
+            spool = self.spool(trial)
+            named = any("mlflow.parentRunId" in entry.get("tags", {}) for entry in spool.entries())
+            if parent and not named and spool.entries():
+                spool.put("tags", tags={"mlflow.parentRunId": parent})
+
+    def _conclude(self, space: Space, trials: Sequence[Trial], best: Trial, files: Sequence[Path]) -> None:
         goals = {f"best_goal_{i + 1}": value for i, value in enumerate(best.values)}
         put_metrics(self.parent, "sweep", {**goals, "best_trial": float(best.number)}, step=len(trials))
         put_metrics(self.parent, "best", best.metrics, step=len(trials))
@@ -122,13 +133,6 @@ class Log:
         for file in files:
             self.parent.put("artifact", path=str(file))
         self.parent.put("end", status="FINISHED", trials=len(trials))
-        self.parent.drain(_PATIENCE)
-        parent = self.parent.known.get("run_id")
-        for trial in trials:
-            spool = self.spool(trial)
-            named = any("mlflow.parentRunId" in entry.get("tags", {}) for entry in spool.entries())
-            if parent and not named and spool.entries():
-                spool.put("tags", tags={"mlflow.parentRunId": parent})
 
     def spool(self, trial: Trial) -> Spool:
         """What is put down of a trial's run."""
@@ -141,7 +145,7 @@ class Log:
         put_run(spool, self.recipe.tracking.experiment, self.storage, folder, settings, tags, name=name)
 
 
-def _has_ended(spool: Spool) -> bool:
-    """Whether what was put last of a run is that it ended."""
-    kinds = [entry["kind"] for entry in spool.entries() if entry["kind"] in ("run", "attempt", "end")]
-    return not kinds or kinds[-1] == "end"
+def _status_of(spool: Spool) -> str | None:
+    """RUNNING, or with what a run ended, as it was put down last; None where it never began."""
+    entries = [entry for entry in spool.entries() if entry["kind"] in ("run", "attempt", "end")]
+    return entries[-1].get("status", "RUNNING") if entries else None

@@ -6,7 +6,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -19,7 +18,7 @@ from components.tuning import pareto, plots
 from components.tuning.search import importances
 from components.tuning.spaces import recipe_of
 from components.tuning.trials import Trial, goal_name, trials_csv
-from pipelines.sweeps.table import settings_text, short_names
+from pipelines.sweeps.table import setting_text, settings_text, short_names
 
 _SHOWN = 12  # trials of the table at the end
 _WIDTH, _ALWAYS = 100, 6  # characters; columns before the settings
@@ -49,21 +48,22 @@ def write_files(recipe: Recipe, space: Space, folder: Path, trials: Sequence[Tri
 def best_yaml(recipe: Recipe, space: Space, folder: Path, best: Trial) -> str:
     """The best trial's whole recipe, its seed included, for unlearn.py."""
     chosen = recipe_of(recipe, best.params).model_dump(mode="json")
-    told = [
-        f"The best of sweep {folder.name}: {best.name}, {_values(space, best)}"
+    told = [  # a line each, whatever was typed
+        f"The best of sweep {folder.name}: {best.name}, {', '.join(_values(space, best))}"
         + ("" if best.feasible else ", though conditions are missed"),
         f"made by: {shlex.join(['python', *sys.argv])}",
         f"searched: {json.dumps(best.params)}",
         f"run it: python pipelines/unlearn.py {folder / 'best.yaml'}",
     ]
-    return "\n".join(f"# {line}" for line in told) + "\n" + yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
+    comments = "".join(f"# {' '.join(line.split())}\n" for line in told)
+    return comments + yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
 
 
-def _values(space: Space, trial: Trial) -> str:
-    return ", ".join(f"{goal_name(space, i)} = {value:.6g}" for i, value in enumerate(trial.values))
+def _values(space: Space, trial: Trial) -> list[str]:
+    return [f"{goal_name(space, i)} = {value:.6g}" for i, value in enumerate(trial.values)]
 
 
-def summary_text(recipe: Recipe, space: Space, folder: Path, trials: Sequence[Trial]) -> str:
+def summary_text(space: Space, folder: Path, trials: Sequence[Trial]) -> str:
     """Pareto table, what decides, the best and where everything is, for the terminal."""
     best = pareto.best(space, trials)
     assert best is not None
@@ -76,7 +76,7 @@ def summary_text(recipe: Recipe, space: Space, folder: Path, trials: Sequence[Tr
     ]
     if found := importances(space, trials):
         blocks.append("decides      " + "  ".join(f"{names[path]} {share:.0%}" for path, share in found.items()))
-    goals = "\n             ".join(_values(space, best).split(", "))
+    goals = "\n             ".join(_values(space, best))
     blocks.append(f"best         {best.name}: {goals}\n             {settings_text(names, best.params)}")
     if not best.feasible:
         blocks.append(f"             no trial meets {' and '.join(space.subject_to)}")
@@ -109,19 +109,11 @@ def _rows(space: Space, trials: Sequence[Trial]) -> list[list[str]]:
     front = {trial.number for trial in pareto.pareto_set(space, trials)}
     rows = []
     for trial in pareto.in_order(space, trials):
-        params = [_cell(trial.params.get(path)) for path in space.space]
+        params = [setting_text(trial.params.get(path)) for path in space.space]
         metrics = [number(trial.metrics.get(name)) for name in ("forget_probability", "model_utility")]
         marks = ["*" if trial.number in front else "", "yes" if trial.feasible else "no"]
         rows.append([str(trial.number), *marks, *map(number, trial.values), *metrics, *params])
     return rows
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return number(value)
-    return str(value.get("type", json.dumps(value)) if isinstance(value, dict) else value)
 
 
 def _figures(space: Space, folder: Path, trials: Sequence[Trial]) -> dict[str, bytes]:

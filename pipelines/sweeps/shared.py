@@ -1,6 +1,8 @@
 """What the trials of a sweep share: made once by the driver, found by the trials."""
 
 import json
+import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -13,13 +15,14 @@ from components.files import write_whole
 from components.models import load_tokenizer, tokenizer_facts
 from components.training.checkpoint_files import Place, remove_all
 from components.training.job import Job
+from components.tuning import pareto
 from components.tuning.spaces import corner_points, judged, recipe_of
-from components.tuning.trials import Sweep
+from components.tuning.trials import Sweep, Trial
 from pipelines.cli import say, storage_folder
-from pipelines.evaluate import evaluate_model, prepare_questions, retain_reference, score_models
+from pipelines.evaluate import check_same_tokens, evaluate_model, prepare_questions, retain_reference, score_models
 from pipelines.finetune import Model, check_context, make_models
 from pipelines.prepare import prepare_streams
-from pipelines.training import checkpoint_place, unlearning_job, with_references
+from pipelines.training import checkpoint_place, forget_cache, unlearning_job, with_references
 
 
 class Shared(NamedTuple):
@@ -72,14 +75,12 @@ def alone(recipe: Recipe) -> Recipe:
 
 def trial_job(recipe: Recipe, folder: Path, shared: Shared) -> Job:
     """What `recipe` trains in `folder`; the reference pass is found, or made where only this trial needs it."""
-    if in_process(recipe):
-        recipe = alone(recipe)
     original = shared.models["original"]
     used = (*recipe.objective.groups(), "normal_without")
     rows = {name: place for name, place in shared.rows.items() if name in used}
     job = unlearning_job(recipe, folder, original.folder, rows, shared.made_from, _checkpoints(recipe, folder))
     job = job.model_copy(update={"group": str(folder / "group")})
-    return with_references(job, original.hash, storage_folder(recipe))
+    return with_references(job, original.hash, storage_folder(recipe) if recipe.data.cache else folder.parent)
 
 
 def clear(folder: Path, recipe: Recipe) -> None:
@@ -88,6 +89,25 @@ def clear(folder: Path, recipe: Recipe) -> None:
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # they only take room
         remove_all(Place(_checkpoints(recipe, folder)))
+
+
+def drop_models(sweep: Sweep, trials: Sequence[Trial]) -> None:
+    """Keep the models of the best trials only."""
+    kept = {trial.number for trial in pareto.kept(sweep.space, trials)}
+    for trial in trials:
+        if trial.state != "running" and trial.number not in kept:
+            for place in trial.folder.glob("model*"):  # also one that was being written, and an adapter
+                shutil.rmtree(place, ignore_errors=True)
+
+
+def tidy(sweep: Sweep, trials: Sequence[Trial]) -> None:
+    """Remove what only going on needs, of all trials that ended: while no trial runs."""
+    drop_models(sweep, trials)
+    for trial in trials:
+        if trial.state != "running":
+            clear(trial.folder, sweep.recipe)
+    if not sweep.recipe.data.cache and all(trial.state != "running" for trial in trials):
+        forget_cache(sweep.folder)
 
 
 def _checkpoints(recipe: Recipe, folder: Path) -> str:
@@ -111,35 +131,47 @@ def make_shared(sweep: Sweep) -> None:
     rows: dict[str, str] = {}
     made_from = {"model": original.hash}
     for objective in {corner.objective.model_dump_json(): corner for corner in [recipe, *corners]}.values():
-        streams = prepare_streams(objective, facts, place)
+        whole = objective.data.model_copy(update={"cache": True})  # trials may take different numbers of steps
+        streams = prepare_streams(objective.model_copy(update={"data": whole}), facts, place)
         rows |= streams.places()
         made_from |= {name: prepared.digest for name, prepared in streams.sets().items()}
     questions = prepare_questions(recipe, original)
+    check_same_tokens(list(models.values()))
     records = score_models(recipe, models, questions)
     reference = retain_reference(recipe, records.get("retain-only"))
     found = {name: evaluate_model(recipe, models[name], table, reference) for name, table in records.items()}
     metrics = {name.replace("-", "_"): evaluated.values for name, evaluated in found.items()}
     shared = Shared(recipe, sweep.space, models, rows, made_from, questions, metrics)
     if (sweep.folder / "shared.json").exists():
-        _check_same(sweep.folder, read_shared(sweep.folder).made_from, made_from)
+        _check_same(sweep.folder, read_shared(sweep.folder), shared)
     try:
-        judged(sweep.space, metrics["original"], metrics)
+        with suppress(ArithmeticError, ValueError):  # of the original itself, such as the logarithm of no change
+            judged(sweep.space, metrics["original"], metrics)
     except KeyError as error:
         name = str(error.args[0])
         why = found["original"].missing.get(name.rpartition(".")[2], "there is no such model or metric")
         raise ConfigError(f"Goals or conditions need {name}, which is not computed: {why}.") from None
     write_shared(sweep.folder, shared)
     say("baseline     " + ", ".join(f"{name}: {_shown(values)}" for name, values in metrics.items()))
-    for corner in [recipe, *corners]:  # makes the reference passes
-        trial_job(corner, sweep.folder / "nowhere", shared)
+    for corner in [recipe, *corners]:  # makes the reference passes: on GPUs where Ray has them, else here
+        here = in_process(corner) and not corner.train.gpus_per_worker
+        trial_job(alone(corner) if here else corner, sweep.folder / "nowhere", shared)
 
 
-def _check_same(folder: Path, then: dict[str, str], now: dict[str, str]) -> None:
-    if changed := differences(then, now):
+def _check_same(folder: Path, then: Shared, now: Shared) -> None:
+    if changed := differences(_digests(then), _digests(now)):
         raise ConfigError(
             f"Sweep was begun with other models or rows (folder={folder}; {'; '.join(changed)}). Expected the same. "
             "Put back what was changed, or remove the folder."
         )
+
+
+def _digests(shared: Shared) -> dict[str, str]:
+    return {
+        **shared.made_from,
+        **{f"{name} model": model.hash for name, model in shared.models.items()},
+        **{f"{name} questions": asked.digest for name, asked in shared.questions.items()},
+    }
 
 
 def _shown(metrics: dict[str, float]) -> str:

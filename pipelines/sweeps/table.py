@@ -20,8 +20,8 @@ _EVERY = 0.5  # seconds between two drawings
 class Table:
     """Trials with their state, settings, step, probes and time."""
 
-    def __init__(self, space: Space, count: int):
-        self.space, self.count = space, count
+    def __init__(self, space: Space):
+        self.space = space
         self.names = short_names(list(space.space))
         self.live = sys.stdout.isatty()
         self.began: dict[int, float] = {}
@@ -35,7 +35,7 @@ class Table:
         self._draw(last=True)
 
     def __reduce__(self) -> Any:  # Ray Tune writes down whom it tells
-        return (Table, (self.space, self.count))
+        return (Table, (self.space,))
 
     def begins(self, trial: Trial) -> None:
         """A trial is begun, or gone on with."""
@@ -66,7 +66,7 @@ class Table:
         probes = _last_probe(trial, step)
         values = "  ".join(number(value) for value in trial.values) or "-"
         measured = [number(probes.get(f"probe/{group}_probability")) for group in ("forget", "normal")]
-        params = [_cell(trial.params.get(path)) for path in self.names]
+        params = [setting_text(trial.params.get(path)) for path in self.names]
         at = str(step or trial.steps)
         self.rows[trial.number] = [
             str(trial.number), trial.state, *params, at, *measured, values, self._time(trial),
@@ -103,10 +103,11 @@ def short_names(paths: list[str]) -> dict[str, str]:
 
 def settings_text(names: dict[str, str], params: Params) -> str:
     """`ε1 0.03  ε2 1`."""
-    return "  ".join(f"{names[path]} {_cell(value)}" for path, value in params.items() if path in names)
+    return "  ".join(f"{names[path]} {setting_text(value)}" for path, value in params.items() if path in names)
 
 
-def _cell(value: Any) -> str:
+def setting_text(value: Any) -> str:
+    """A searched value, in a few characters."""
     if value is None:
         return "-"
     if isinstance(value, float):

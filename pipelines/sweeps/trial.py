@@ -25,7 +25,6 @@ from pipelines.finetune import Model
 from pipelines.sweeps.shared import Shared, alone, clear, in_process, read_shared, trial_job
 
 _LOOK = 0.2  # seconds between two looks at what training has written
-_PATIENCE = 120.0  # seconds that a trial which is to stop may take for its present step
 
 
 def run_trial(sweep: Path, number: int) -> None:
@@ -34,6 +33,8 @@ def run_trial(sweep: Path, number: int) -> None:
     try:
         recipe = recipe_of(shared.recipe, json.loads((folder / "trial.json").read_text())["params"])
         write_whole(folder / "config.json", recipe.model_dump_json(indent=2))
+        if in_process(recipe):
+            recipe = alone(recipe)
         job = trial_job(recipe, folder, shared)
         _train(job, folder)
         evaluated_in = time.perf_counter()
@@ -68,8 +69,6 @@ def _train(job: Job, folder: Path) -> None:
 
 
 def _evaluate(recipe: Recipe, folder: Path, shared: Shared) -> dict[str, float]:
-    if in_process(recipe):
-        recipe = alone(recipe)
     known = score_models(recipe, shared.models, shared.questions)  # found
     model = Model(folder / "model", fingerprint(folder / "model"))
     records = score_model(recipe, model, shared.questions, known["original"])
@@ -114,9 +113,11 @@ class Run(tune.Trainable):
             self.thread.join(_LOOK)
 
     def cleanup(self) -> None:
-        """End the trial after its present step, in order: Ray Train's workers and their placement group go, too."""
-        deadline = time.monotonic() + _PATIENCE
-        while self.thread.is_alive() and time.monotonic() < deadline:
+        """End the trial after its present step, in order: Ray Train's workers and their placement group go, too.
+
+        However long that takes: two trials in one process would disturb each other.
+        """
+        while self.thread.is_alive():
             (self.folder / "stop").touch()
             self.thread.join(_LOOK)
         if (self.folder / "result.json").exists():
@@ -126,5 +127,7 @@ class Run(tune.Trainable):
 def _quietly_stopped(sweep: Path, number: int) -> None:
     try:
         run_trial(sweep, number)
-    except KeyboardInterrupt:  # Stopped: as asked by cleanup
+    except KeyboardInterrupt:  # Stopped: as asked by cleanup or the driver
         return
+    finally:
+        (trial_folder(sweep, number) / "stop").unlink(missing_ok=True)  # by which the driver knows
