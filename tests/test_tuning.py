@@ -8,6 +8,7 @@ import math
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from components.tuning.search import importances, next_point
 from components.tuning.spaces import choose, corner_points, grid_points, load_sweep, own_point, recipe_of, sweep_name
 from components.tuning.trials import Sweep, Trial, begin_trial, end_trial, read_trials, trials_csv
 from pipelines.sweeps.driver import make_scheduler
+from pipelines.sweeps.shared import Shared, write_shared
 from pipelines.sweeps.table import Table, short_names
+from pipelines.sweeps.trial import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "pipelines" / "recipes" / "demo.yaml"
@@ -404,7 +407,7 @@ def test_choose_follows_the_order_of_the_space() -> None:
 
 def reported(sweep: Sweep, number: int, values: dict[int, float], state: Any) -> Any:
     """A trial's folder, with a probe of the normal rows at each step."""
-    folder = begin_trial(sweep.folder, number, {"objective.forget.weight": 0.03}, {})
+    folder = begin_trial(sweep.folder, number, {"objective.forget.weight": 0.04}, {})
     for step, value in values.items():
         append_line(folder / "metrics.jsonl", {"step": step, "steps": 9, "probe/normal_probability": value})
     if state != "running":
@@ -431,6 +434,21 @@ def test_a_scheduler_that_begins_again_knows_what_was_reported(tmp_path: Path, k
         other: Any = Standing("other")
         scheduler.on_trial_add(None, other)
         assert scheduler.on_trial_result(None, other, {"step": 2, "compared": 0.9}) == "CONTINUE"
+
+
+@pytest.mark.parametrize(("weight", "told"), [(0.03, {}), (0.04, {"compared": 0.5})])
+def test_the_recipes_own_point_is_never_compared(tmp_path: Path, weight: float, told: dict) -> None:
+    """It is what the others are measured by, so that no scheduler may stop it."""
+    stops = {"maximise": "probe.normal_probability"}
+    recipe, space, _ = load(tmp_path, {"settings": {"train.probe": {"every": 1}}, "space": EPSILON, "scheduler": stops})
+    sweep = Sweep(recipe, space, tmp_path / "sweep")
+    folder = begin_trial(sweep.folder, 0, {"objective.forget.weight": weight}, {})
+    append_line(folder / "metrics.jsonl", {"step": 1, "steps": 9, "probe/normal_probability": 0.5})
+    write_shared(sweep.folder, Shared(recipe, space, {}, {}, {}, {}, {}))
+    actor = Run.__new__(Run)
+    actor.look_at(sweep.folder, 0)
+    actor.thread = threading.Thread()
+    assert actor.step() == {"number": 0, "step": 1, **told}
 
 
 def test_a_trial_that_has_done_all_its_steps_is_not_compared(tmp_path: Path) -> None:

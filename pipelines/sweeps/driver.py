@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from components.errors import ClusterError, Stopped
 from components.tuning.search import next_point
+from components.tuning.spaces import own_point
 from components.tuning.trials import (
     Sweep,
     begin_trial,
@@ -213,7 +214,7 @@ class _Ended:
 
 
 def make_scheduler(sweep: Sweep) -> Any:
-    """Ray Tune's, told of what trials that ended before reported."""
+    """Ray Tune's, told of what trials that ended before reported; the recipe's own point it never hears of."""
     from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule
 
     class Median(MedianStoppingRule):
@@ -231,8 +232,9 @@ def make_scheduler(sweep: Sweep) -> Any:
         scheduler = AsyncHyperBandScheduler(**common, max_t=1_000_000, reduction_factor=config.reduction)
     else:
         scheduler = Median(**common, min_time_slice=float("inf"))  # type: ignore[arg-type] # never pauses
+    own = own_point(sweep.space, sweep.settings)
     for trial in sweep.trials():
-        if trial.state != "running":
+        if trial.state != "running" and trial.params != own:
             stand_in: Any = _Ended(trial.name)
             scheduler.on_trial_add(None, stand_in)
             for step, compared in sorted(trial.reports.items()):

@@ -18,7 +18,7 @@ from components.files import read_lines, write_whole
 from components.models import fingerprint
 from components.training.job import Job
 from components.training.launch import run_job
-from components.tuning.spaces import judged, recipe_of
+from components.tuning.spaces import judged, own_point, recipe_of
 from components.tuning.trials import end_trial, reports, trial_folder
 from pipelines.evaluate import evaluate_model, retain_reference, score_model, score_models
 from pipelines.finetune import Model
@@ -90,14 +90,17 @@ class Run(tune.Trainable):
         from components.models import quiet_libraries
 
         quiet_libraries()
-        self.sweep, self.number = Path(config["sweep"]), config["number"]
-        self.space = read_shared(self.sweep).space
-        self.folder = trial_folder(self.sweep, self.number)
-        self.told = 0
-        self.thread = threading.Thread(
-            target=_quietly_stopped, args=(self.sweep, self.number), name="trial", daemon=True
-        )
+        sweep, number = Path(config["sweep"]), config["number"]
+        self.look_at(sweep, number)
+        self.thread = threading.Thread(target=_quietly_stopped, args=(sweep, number), name="trial", daemon=True)
         self.thread.start()
+
+    def look_at(self, sweep: Path, number: int) -> None:
+        """From now on the steps are those of this trial."""
+        shared = read_shared(sweep)
+        self.number, self.folder, self.space, self.told = number, trial_folder(sweep, number), shared.space, 0
+        params = json.loads((self.folder / "trial.json").read_text())["params"]
+        self.own = params == own_point(shared.space, shared.recipe.model_dump(mode="json"))
 
     def step(self) -> dict[str, Any]:
         """The next probe's result, or the trial's end."""
@@ -107,7 +110,8 @@ class Run(tune.Trainable):
             new = {step: compared for step, compared in reports(self.space, lines).items() if step > self.told}
             if new:
                 self.told = min(new)
-                return {"number": self.number, "step": self.told, "compared": new[self.told]}
+                compared = {} if self.own else {"compared": new[self.told]}  # what others are measured by stays
+                return {"number": self.number, "step": self.told, **compared}
             if not alive:
                 return {"number": self.number, "step": max(self.told, 1), "done": True}
             self.thread.join(_LOOK)
@@ -121,7 +125,7 @@ class Run(tune.Trainable):
             (self.folder / "stop").touch()
             self.thread.join(_LOOK)
         if (self.folder / "result.json").exists():
-            clear(self.folder, read_shared(self.sweep).recipe)
+            clear(self.folder, read_shared(self.folder.parent).recipe)
 
 
 def _quietly_stopped(sweep: Path, number: int) -> None:
