@@ -14,11 +14,11 @@ from pathlib import Path
 
 from components.console import duration
 from components.errors import ConfigError, TrainingError
-from components.files import only_one, read_lines, writing
+from components.files import only_one, read_lines, write_whole, writing
 from components.tuning import pareto
 from components.tuning.search import next_point, planned_trials
 from components.tuning.spaces import load_sweep, sweep_name
-from components.tuning.trials import Sweep, Trial, goal_name
+from components.tuning.trials import Sweep, Trial, goal_name, trials_csv
 from pipelines.cli import exit_code, leave, ray_session, say, storage_folder
 from pipelines.finetune import count_rows, planned_steps
 from pipelines.sweeps.outcome import summary_text, write_files
@@ -117,9 +117,11 @@ def _check_some_finished(sweep: Sweep, trials: Sequence[Trial]) -> None:
     if any(trial.state == "finished" for trial in trials):
         return
     counts = ", ".join(f"{state}={sum(t.state == state for t in trials)}" for state in ("stopped", "failed"))
+    table = sweep.folder / "trials.csv"
+    write_whole(table, trials_csv(trials, sweep.space))
     raise TrainingError(
         f"No trial came to its end (folder={sweep.folder}, {counts}). Expected at least one. Look at the reasons in "
-        "their result.json; widen the space, or raise scheduler.grace."
+        f"{table}; widen the space, or raise scheduler.grace."
     )
 
 

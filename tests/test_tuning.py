@@ -23,6 +23,7 @@ from components.tuning import expressions, pareto
 from components.tuning.search import importances, next_point
 from components.tuning.spaces import choose, corner_points, grid_points, load_sweep, own_point, recipe_of, sweep_name
 from components.tuning.trials import Sweep, Trial, begin_trial, end_trial, read_trials, trials_csv
+from pipelines import tune
 from pipelines.sweeps.driver import make_scheduler
 from pipelines.sweeps.shared import Shared, write_shared
 from pipelines.sweeps.table import Table, short_names
@@ -434,6 +435,20 @@ def test_a_scheduler_that_begins_again_knows_what_was_reported(tmp_path: Path, k
         other: Any = Standing("other")
         scheduler.on_trial_add(None, other)
         assert scheduler.on_trial_result(None, other, {"step": 2, "compared": 0.9}) == "CONTINUE"
+
+
+def test_where_no_trial_came_to_its_end_the_reasons_are_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "space.yaml"
+    file.write_text(yaml.safe_dump({"space": EPSILON, "search": {"trials": 1}}))
+    typed = [str(DEMO), str(file), f"storage={tmp_path}"]
+    sweep = tune.parse(typed)
+    end_trial(begin_trial(sweep.folder, 0, {"objective.forget.weight": 0.03}, {}), "failed", reason="no memory")
+    assert tune.main(typed) == 1
+    told = capsys.readouterr()
+    assert "1 of 1 are done" in told.out
+    assert f"No trial came to its end (folder={sweep.folder}, stopped=0, failed=1)" in told.err
+    [row] = csv.DictReader((sweep.folder / "trials.csv").open())
+    assert row["reason"] == "no memory"
 
 
 @pytest.mark.parametrize(("weight", "told"), [(0.03, {}), (0.04, {"compared": 0.5})])

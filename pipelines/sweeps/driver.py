@@ -6,7 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,7 +111,8 @@ def _signals_stop(sweep: Sweep) -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         caught.append(number)
         if len(caught) == 1:
-            say(f"{signal.Signals(number).name}: stopping the trials after this step; once more stops at once")
+            with suppress(RuntimeError):  # the signal came while something was being printed
+                say(f"{signal.Signals(number).name}: stopping the trials after this step; once more stops at once")
             asked = [trial.folder / "stop" for trial in sweep.trials() if trial.state == "running"]
             for file in asked:
                 file.touch()
