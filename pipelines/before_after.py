@@ -15,7 +15,6 @@ from components.data.prepare import Prepared
 from components.data.requests import RequestFile, read_requests
 from components.data.rows import PreparedRows
 from components.evaluation.by_request import by_request
-from components.evaluation.evaluate import Reference
 from components.evaluation.report import Sample, telling_samples
 from components.evidence import Evaluated, Evidence
 from components.files import read_lines, write_whole
@@ -26,6 +25,8 @@ from pipelines.environment import versions
 from pipelines.evaluate import (
     check_same_tokens,
     evaluate_model,
+    evaluate_models,
+    headline,
     prepare_questions,
     retain_reference,
     score_model,
@@ -36,6 +37,7 @@ from pipelines.finetune import Model
 from pipelines.outcome import Outcome, empty_answers
 from pipelines.prepare import Streams, notes, set_aside
 
+_SHOWN = ("forget_probability", "model_utility")
 _MODELS = ("original", CANDIDATE, "retain-only")
 
 
@@ -50,8 +52,6 @@ class Before(NamedTuple):
     """By question set."""
     records: dict[str, pa.Table]
     """By model: original and retain-only, as far as there are any."""
-    reference: Reference | None
-    """Of the retain-only model."""
     evaluated: dict[str, Evaluated]
     """By model."""
 
@@ -62,12 +62,11 @@ def evaluate_before(recipe: Recipe, models: dict[str, Model]) -> Before:
     asked = models if questions else {}
     check_same_tokens(list(asked.values()))
     records = score_models(recipe, asked, questions)
-    reference = retain_reference(recipe, records.get("retain-only"))
-    evaluated = {name: evaluate_model(recipe, models[name], table, reference) for name, table in records.items()}
+    evaluated = evaluate_models(recipe, models, records)
     if evaluated:
-        say("baseline     " + ", ".join(_headline(name, found.values) for name, found in evaluated.items()))
+        say("baseline     " + ", ".join(headline(name, found.values, _SHOWN) for name, found in evaluated.items()))
     requests = read_requests(recipe.data.requests) if recipe.data.requests else None
-    return Before(models, requests, questions, records, reference, evaluated)
+    return Before(models, requests, questions, records, evaluated)
 
 
 def evaluate_after(
@@ -79,7 +78,8 @@ def evaluate_after(
     records, evaluated = dict(before.records), dict(before.evaluated)
     if before.questions:
         after = records[CANDIDATE] = score_model(recipe, model, before.questions, records["original"])
-        evaluated[CANDIDATE] = evaluate_model(recipe, model, after, before.reference)
+        reference = retain_reference(recipe, before.records.get("retain-only"))
+        evaluated[CANDIDATE] = evaluate_model(recipe, model, after, reference)
         samples = {name: telling_samples(records["original"], after, name) for name in before.questions}
     models = {**before.models, CANDIDATE: model}
     evidence = evidence_of(models, evaluated, before.questions, None)
@@ -121,8 +121,3 @@ def _write_requests(
         "requests": by_request(requests.requests, PreparedRows(forget.folder).table(), questions, records),
     }
     write_whole(folder / "requests.json", json.dumps(about, indent=2, ensure_ascii=False))
-
-
-def _headline(name: str, metrics: dict[str, float]) -> str:
-    shown = [key for key in ("forget_probability", "model_utility") if key in metrics]
-    return f"{name}: " + " ".join(f"{key} {metrics[key]:.3f}" for key in shown)

@@ -8,7 +8,7 @@ models:/<name>@<alias>. A suite (pipelines/suites/) says what is measured; one w
 recipe. What is already scored is not scored again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +45,7 @@ def run(command: Command) -> None:
         models = compared_models(recipe, given)
         sets = prepare_questions(recipe, models["original"])
         records = score_models(recipe, models, sets)
-    reference = retain_reference(recipe, records.get("retain-only"))
-    evaluated = {name: evaluate_model(recipe, models[name], r, reference) for name, r in records.items()}
+    evaluated = evaluate_models(recipe, models, records)
     everything = recipe.evaluation.metrics is not None
     say(metrics_table({name: found.values for name, found in evaluated.items()}, everything))
     changes = {name: compared(found, evaluated["original"]) for name, found in evaluated.items() if name != "original"}
@@ -171,11 +170,24 @@ def score_model(recipe: Recipe, model: Model, sets: dict[str, Prepared], origina
     return records
 
 
+def evaluate_models(
+    recipe: Recipe, models: Mapping[str, Model], records: Mapping[str, pa.Table]
+) -> dict[str, Evaluated]:
+    """All metrics of each model of which there are records (`score_models`), by what the retain-only one said."""
+    reference = retain_reference(recipe, records.get("retain-only"))
+    return {name: evaluate_model(recipe, models[name], table, reference) for name, table in records.items()}
+
+
 def evaluate_model(recipe: Recipe, model: Model, records: pa.Table, reference: Reference | None) -> Evaluated:
     """All metrics of a model, lm-eval's tasks included."""
     config = recipe.evaluation.lm_eval
     others = general_ability(model.folder, model.hash, config, storage_folder(recipe)) if config else {}
     return evaluate_records(records, reference, recipe.evaluation, others)
+
+
+def headline(name: str, metrics: Mapping[str, float], shown: Sequence[str]) -> str:
+    """Some metrics of a model in a line, as far as there are any."""
+    return f"{name}: " + " ".join(f"{key} {metrics[key]:.3f}" for key in shown if key in metrics)
 
 
 def _own_result(command: Command) -> list[str]:

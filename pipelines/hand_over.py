@@ -14,6 +14,7 @@ from components.data.sources import source_files
 from components.evidence import Evidence
 from components.files import writing
 from components.tracking.gates import CANDIDATE
+from components.tracking.registry import candidates
 from components.tracking.run import Input, put_metrics
 from components.tracking.spool import Spool
 from pipelines.environment import code_commit
@@ -96,3 +97,9 @@ def put_candidate(
         trained_at=trained_at,
     )  # fmt: skip
     put_metrics(spool, "eval", metrics, step=steps, of_model=True)
+
+
+def candidate_text(recipe: Recipe, spool: Spool) -> str:
+    """The model's name in the registry, with the version where it was sent."""
+    number = spool.known.get("version")
+    return f"{candidates(registered_name(recipe))} {f'version {number}' if number else '(not sent)'}"

@@ -106,14 +106,15 @@ def run(sweep: Sweep) -> None:
         if ended < count:
             _search(sweep, count)
         trials = sweep.trials()
-        _check_some_finished(sweep, trials)
+        _refuse_without_result(sweep, trials)
         files = write_files(sweep.recipe, sweep.space, sweep.folder, trials)
         _tell_mlflow(sweep, files)
     say("\n" + summary_text(sweep.space, sweep.folder, trials))
     say(f"\nall in {duration(time.perf_counter() - started)}")
 
 
-def _check_some_finished(sweep: Sweep, trials: Sequence[Trial]) -> None:
+def _refuse_without_result(sweep: Sweep, trials: Sequence[Trial]) -> None:
+    """Where no trial finished, leave the table of all, and raise."""
     if any(trial.state == "finished" for trial in trials):
         return
     counts = ", ".join(f"{state}={sum(t.state == state for t in trials)}" for state in ("stopped", "failed"))
@@ -162,7 +163,7 @@ def _search(sweep: Sweep, count: int) -> None:
         for trial in trials:
             if trial.state == "failed":
                 say(f"failed       {trial.name}: {trial.reason}")
-        _check_some_finished(sweep, trials)  # here, so that MLflow hears of it
+        _refuse_without_result(sweep, trials)  # here, so that MLflow hears of it
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from pipelines.finetune import (
     planned_parameters,
     planned_steps,
 )
-from pipelines.hand_over import hand_over, inputs, run_tags, source_tags
+from pipelines.hand_over import candidate_text, hand_over, inputs, run_tags, source_tags
 from pipelines.outcome import shown_summary, summary_texts
 from pipelines.prepare import Streams, data_counts, notes, prepare_streams
 from pipelines.run_folder import begin, check_begun, run_folder
@@ -107,14 +107,8 @@ def _send_late(recipe: Recipe, folder: Path) -> None:
     spool = open_spool(folder, tracking_uri(recipe), telling("MLflow"))
     if count := spool.unsent():
         if not spool.drain(PATIENCE):
-            say(f"MLflow       {count} entries sent: run {spool.known['run_id']}, {_version(recipe, spool)}")
+            say(f"MLflow       {count} entries sent: run {spool.known['run_id']}, {candidate_text(recipe, spool)}")
         tell_unsent(spool, folder)
-
-
-def _version(recipe: Recipe, spool: Spool) -> str:
-    """The model's name in the registry, with the version where it was sent."""
-    number = spool.known.get("version")
-    return f"{candidates(registered_name(recipe))} {f'version {number}' if number else '(not sent)'}"
 
 
 def plan(command: Command) -> str:
@@ -190,7 +184,7 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
     return {
         "run": folder.name, "registered_model": candidates(registered_name(recipe)), "version": known.get("version"),
         "made_from": made_from, "metrics": outcome.metrics, "steps": trained["steps"], "seconds": trained["seconds"],
-        "mlflow_run_id": known.get("run_id"), **summary_texts(outcome, _version(recipe, spool), link),
+        "mlflow_run_id": known.get("run_id"), **summary_texts(outcome, candidate_text(recipe, spool), link),
     }  # fmt: skip
 
 

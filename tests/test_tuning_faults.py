@@ -113,13 +113,16 @@ def straight(recipe: Path) -> Path:
     return space
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, *(pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGTERM, signal.SIGINT))],
+)
 def test_the_driver_is_killed_and_the_same_command_goes_on(recipe: Path, straight: Path, number: int) -> None:
     """The second trial goes on from a checkpoint; trials, metrics and the best are those of an undisturbed sweep.
 
-    After a SIGTERM that is the one written because of it.
+    After a SIGTERM or Ctrl-C that is the one written because of it.
     """
-    only_when_asked = {"train.checkpoint_every": 1000} if number == signal.SIGTERM else {}
+    only_when_asked = {"train.checkpoint_every": 1000} if number != signal.SIGKILL else {}
     space = space_file(recipe, f"killed-{number}", {**LONG, **only_when_asked}, concurrent=1)
     first = Typed(recipe, space)
     first.until(lambda: steps_of(recipe, space, 1) > 20)

@@ -69,7 +69,7 @@ def train_loop(
                 course, measured, tokens, rows = one_step(setup, course, steps)
             except BadNumbers as bad:
                 if saving and course.bad_steps >= job.train.max_bad_steps:
-                    saving.abandon()  # before it is told which checkpoint is the last
+                    saving.settle()  # before it is told which checkpoint is the last
                 course, measured, tokens, rows = leave_out(setup, course, bad)
             number = course.step
             if job.train.probe and (number % job.train.probe.every == 0 or number == steps):
@@ -102,7 +102,7 @@ def train_loop(
                 saving.save(course, measured.get(best.metric) if best else None)
     except Exception:
         if saving:
-            saving.abandon()
+            saving.settle()
         raise
     if saving:
         saving.finish()

@@ -64,7 +64,7 @@ class Saving:
         if failures:
             raise StorageError(failures[0]) from self._error
 
-    def abandon(self) -> None:
+    def settle(self) -> None:
         """After an error: let what is being written come to its end, unless it waits for a rank that is no more."""
         if self._thread:
             self._thread.join(_GRACE)

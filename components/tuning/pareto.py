@@ -21,10 +21,14 @@ def points(space: Space, trials: Sequence[Trial]) -> dict[int, tuple[float, ...]
     extra = axes(space, trials)[len(space.goals) :]
     for trial in trials:
         if trial.state == "finished":
-            own = [goal.sign * value for goal, value in zip(space.goals, trial.values, strict=True)]
-            own += [goal.sign * expressions.value(goal.expression, trial.metrics) for goal in extra]
-            found[trial.number] = tuple(own)
+            others = (goal.sign * expressions.value(goal.expression, trial.metrics) for goal in extra)
+            found[trial.number] = (*_turned(space, trial), *others)
     return found
+
+
+def _turned(space: Space, trial: Trial) -> tuple[float, ...]:
+    """What the goals are of a finished trial, all to be made small."""
+    return tuple(goal.sign * value for goal, value in zip(space.goals, trial.values, strict=True))
 
 
 def dominates(ours: Sequence[float], theirs: Sequence[float]) -> bool:
@@ -52,10 +56,7 @@ def in_order(space: Space, trials: Sequence[Trial]) -> list[Trial]:
     Pareto set.
     """
     finished = [trial for trial in trials if trial.state == "finished"]
-    found = {
-        trial.number: tuple(goal.sign * value for goal, value in zip(space.goals, trial.values, strict=True))
-        for trial in finished
-    }
+    found = {trial.number: _turned(space, trial) for trial in finished}
     rank = ranks(found)
     front = [found[number] for number, its in rank.items() if its == 0]
     spans = [(min(column), (max(column) - min(column)) or 1.0) for column in zip(*front, strict=True)]

@@ -176,7 +176,8 @@ def make_driver(sweep: Sweep, count: int, table: Table, log: Log) -> Driver:
                 end_trial(folder, "stopped")
             trials = sweep.trials()
             table.ends(trials[numbers[trial_id]])
-            log.ends(trials[numbers[trial_id]])
+            if not error:  # else Watch, which knows why
+                log.ends(trials[numbers[trial_id]])
             drop_models(sweep, trials)
 
     class Watch(tune.Callback):
@@ -186,7 +187,7 @@ def make_driver(sweep: Sweep, count: int, table: Table, log: Log) -> Driver:
             folder = trial_folder(sweep.folder, numbers[trial.trial_id])
             if why := _why(trial.get_pickled_error()):
                 explain_failure(folder, why)
-                log.ends(read_trial(folder, sweep.space))
+            log.ends(read_trial(folder, sweep.space))
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
             if result.get("done"):

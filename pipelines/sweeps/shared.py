@@ -19,10 +19,12 @@ from components.tuning import pareto
 from components.tuning.spaces import corner_points, judged, recipe_of
 from components.tuning.trials import Sweep, Trial
 from pipelines.cli import say, storage_folder
-from pipelines.evaluate import check_same_tokens, evaluate_model, prepare_questions, retain_reference, score_models
+from pipelines.evaluate import check_same_tokens, evaluate_models, headline, prepare_questions, score_models
 from pipelines.finetune import Model, check_context, make_models
 from pipelines.prepare import prepare_streams
 from pipelines.training import checkpoint_place, forget_cache, unlearning_job, with_references
+
+_SHOWN = ("forget_probability", "forget_truth_ratio", "model_utility")
 
 
 class Shared(NamedTuple):
@@ -138,8 +140,7 @@ def make_shared(sweep: Sweep) -> None:
     questions = prepare_questions(recipe, original)
     check_same_tokens(list(models.values()))
     records = score_models(recipe, models, questions)
-    reference = retain_reference(recipe, records.get("retain-only"))
-    found = {name: evaluate_model(recipe, models[name], table, reference) for name, table in records.items()}
+    found = evaluate_models(recipe, models, records)
     metrics = {name.replace("-", "_"): evaluated.values for name, evaluated in found.items()}
     shared = Shared(recipe, sweep.space, models, rows, made_from, questions, metrics)
     if (sweep.folder / "shared.json").exists():
@@ -152,7 +153,7 @@ def make_shared(sweep: Sweep) -> None:
         why = found["original"].missing.get(name.rpartition(".")[2], "there is no such model or metric")
         raise ConfigError(f"Goals or conditions need {name}, which is not computed: {why}.") from None
     write_shared(sweep.folder, shared)
-    say("baseline     " + ", ".join(f"{name}: {_shown(values)}" for name, values in metrics.items()))
+    say("baseline     " + ", ".join(headline(name, values, _SHOWN) for name, values in metrics.items()))
     for corner in [recipe, *corners]:  # makes the reference passes: on GPUs where Ray has them, else here
         here = in_process(corner) and not corner.train.gpus_per_worker
         trial_job(alone(corner) if here else corner, sweep.folder / "nowhere", shared)
@@ -172,8 +173,3 @@ def _digests(shared: Shared) -> dict[str, str]:
         **{f"{name} model": model.hash for name, model in shared.models.items()},
         **{f"{name} questions": asked.digest for name, asked in shared.questions.items()},
     }
-
-
-def _shown(metrics: dict[str, float]) -> str:
-    shown = [name for name in ("forget_probability", "forget_truth_ratio", "model_utility") if name in metrics]
-    return " ".join(f"{name} {metrics[name]:.3f}" for name in shown)
