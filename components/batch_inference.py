@@ -1,7 +1,7 @@
 """Run a model over many rows: on Ray Data actors, or here."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,24 +35,10 @@ def map_batches(
 
 
 def _on_ray(batches: list[pa.Table], make: Any, arguments: tuple[Any, ...], train: Train) -> list[pa.Table]:
-    import ray.data
-
-    numbered = [batch.append_column("batch", pa.array([i] * batch.num_rows)) for i, batch in enumerate(batches)]
-    size = min(train.workers, len(batches))
-    mapped = ray.data.from_arrow(numbered).map_batches(
-        _Worker,
-        fn_constructor_args=(make, arguments, train.gpus_per_worker),
-        batch_size=None,  # one block is one batch
-        batch_format="pyarrow",
-        zero_copy_batch=True,
-        num_cpus=train.cpus_per_worker,
-        num_gpus=train.gpus_per_worker or None,
-        compute=ray.data.ActorPoolStrategy(size=size),
-    )
-    mapped.context.execution_no_progress_timeout_s = _PATIENCE
+    packed = [_packed(batch) for batch in batches]
     with stall_told("Scoring", _PATIENCE):
-        results = pa.concat_tables(ray.get(mapped.to_arrow_refs()))
-    return [results.take(np.argsort(results["batch"].to_numpy(), kind="stable")).drop_columns("batch")]
+        results = dict(_over_items(packed, _OnTables, (make, arguments), train))
+    return [_unpacked(results[place]) for place in range(len(batches))]
 
 
 def run_parts(
@@ -67,22 +53,32 @@ def run_parts(
         function = make(*arguments)
         yield from (function(part) for part in range(count))
         return
+    with stall_told("The original model's pass over the rows", _PATIENCE):
+        yield from (size for _, size in _over_items(range(count), make, arguments, train))
+
+
+def _over_items(items: Sequence[Any], make: Any, arguments: tuple[Any, ...], train: Train) -> Iterator[tuple[int, Any]]:
+    """Yield (place, `make(*arguments)(item)`) of each item in the order in which they end.
+
+    An item is one row of a Ray data set. Ray Data splits and merges rows as it likes, and with GPUs it insists on
+    batches of its own making, so nothing that must stay whole may be spread over several rows.
+    """
     import ray.data
 
     # Given as they are, without a task to read them: the actors may hold all CPUs.
-    numbers = [{"part": part} for part in range(count)]
-    parts: Any = ray.data.from_items(numbers, override_num_blocks=min(count, 1000)).map_batches(
-        _PartWorker,
+    rows = [{"place": place, "item": item} for place, item in enumerate(items)]
+    results: Any = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000)).map_batches(
+        _Worker,
         fn_constructor_args=(make, arguments, train.gpus_per_worker),
         batch_size=1,
+        batch_format="pyarrow",
         num_cpus=train.cpus_per_worker,
         num_gpus=train.gpus_per_worker or None,
-        compute=ray.data.ActorPoolStrategy(size=min(train.workers, count)),
+        compute=ray.data.ActorPoolStrategy(size=min(train.workers, len(rows))),
     )
-    parts.context.execution_no_progress_timeout_s = _PATIENCE
-    with stall_told("The original model's pass over the rows", _PATIENCE):
-        for batch in parts.iter_batches(batch_size=None):
-            yield from batch["size"].tolist()
+    results.context.execution_no_progress_timeout_s = _PATIENCE
+    for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield from zip(batch["place"].to_pylist(), batch["result"].to_pylist(), strict=True)
 
 
 def hide_gpus() -> None:
@@ -91,25 +87,38 @@ def hide_gpus() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
 
 
-def _made_in_worker(make: Any, arguments: tuple[Any, ...], gpus: int) -> Any:
-    if not gpus:
-        hide_gpus()
-    quiet_libraries()
-    return make(*arguments)
-
-
 class _Worker:
+    """A Ray Data actor: one item in, one result out."""
+
     def __init__(self, make: Any, arguments: tuple[Any, ...], gpus: int):
-        self.function = _made_in_worker(make, arguments, gpus)
+        if not gpus:
+            hide_gpus()
+        quiet_libraries()
+        self.function = make(*arguments)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        result = self.function(batch.drop_columns("batch"))
-        return result.append_column("batch", pa.array([batch["batch"][0].as_py()] * result.num_rows))
+        result = self.function(batch["item"][0].as_py())
+        return pa.table({"place": batch["place"], "result": [result]})
 
 
-class _PartWorker:
-    def __init__(self, make: Any, arguments: tuple[Any, ...], gpus: int):
-        self.function = _made_in_worker(make, arguments, gpus)
+class _OnTables:
+    """`make(*arguments)`, a function of tables, as a function of tables in bytes."""
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"size": np.array([self.function(int(part)) for part in batch["part"]])}
+    def __init__(self, make: Any, arguments: tuple[Any, ...]):
+        self.function = make(*arguments)
+
+    def __call__(self, packed: bytes) -> bytes:
+        return _packed(self.function(_unpacked(packed)))
+
+
+def _packed(table: pa.Table) -> bytes:
+    """The table in Arrow's stream format."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _unpacked(packed: bytes) -> pa.Table:
+    """The table that `_packed` packed."""
+    return pa.ipc.open_stream(packed).read_all()

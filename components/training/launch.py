@@ -115,7 +115,9 @@ def _run_here(job: Job) -> dict[str, Any]:
 def _run_on_ray(job: Job, scratch: Path) -> dict[str, Any]:
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from components.training.process_group import ProcessGroup
 
     check_cluster(job.train.workers, job.train.cpus_per_worker, job.train.gpus_per_worker)
     resources = {"CPU": job.train.cpus_per_worker}
@@ -126,7 +128,7 @@ def _run_on_ray(job: Job, scratch: Path) -> dict[str, Any]:
     trainer: Any = TorchTrainer(
         cast(Any, _worker),
         train_loop_config={"job": job.model_dump(mode="json")},
-        torch_config=TorchConfig(timeout_s=int(max(1, job.train.timeout))),
+        torch_config=ProcessGroup(timeout_s=int(max(1, job.train.timeout))),
         scaling_config=ScalingConfig(
             num_workers=job.train.workers, use_gpu=job.train.gpus_per_worker > 0, resources_per_worker=resources
         ),
@@ -212,17 +214,20 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     from components.training.system import watched
 
     job = Job.model_validate(config["job"])
+    context = ray.train.get_context()
+    device = torch.device("cpu")
     if not job.train.gpus_per_worker:
         hide_gpus()
+    elif torch.cuda.is_available():
+        device = ray.train.torch.get_device()
+    elif context.get_world_rank() == 0:
+        note(job, "device", "Ray reserved GPUs, but torch sees none: training on CPUs")
+    if device.type == "cpu":
         torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
-    context = ray.train.get_context()
     if job.group and context.get_world_rank() == 0 and (group := ray.util.get_current_placement_group()):
         Path(job.group).write_text(group.id.hex())
     with watched(job.system if context.get_local_rank() == 0 else None, context.get_node_rank()):
-        return train_loop(
-            job, context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device(),
-            notice=_nodes_about_to_go,
-        )  # fmt: skip
+        return train_loop(job, context.get_world_rank(), context.get_world_size(), device, notice=_nodes_about_to_go)
 
 
 def _nodes_about_to_go() -> tuple[str, ...]:
