@@ -38,6 +38,7 @@ def load_recipe(
     changes: dict[str, Any] = {}
     for override in overrides:
         changes = merge(changes, parse_override(override))
+        raw = _with_defaults(raw, override.partition("=")[0].split("."), [Recipe])
     return checked(Recipe, _with_requests(_with_folder(merge(raw, changes))), "recipe")
 
 
@@ -75,6 +76,27 @@ def parse_override(text: str) -> dict[str, Any]:
     except yaml.YAMLError:
         raise ConfigError(f"Override {text!r} has a value that is not YAML. Put quotes around it.") from None
     return nested(path, value)
+
+
+def _with_defaults(raw: dict[str, Any], path: Sequence[str], schemas: Sequence[type[BaseModel]]) -> dict[str, Any]:
+    """`raw` with the default of each section on the `path` of an override that no file names.
+
+    Without its default a section is only what the override says of it, which may lack the `type` or mean less.
+    """
+    key, rest = path[0], path[1:]
+    tagged = [s for s in schemas if "type" in s.model_fields and raw.get("type") in _tags(s)]
+    field = next((s.model_fields[key] for s in tagged or schemas if key in s.model_fields), None)
+    if not rest or field is None:
+        return raw
+    default = field.get_default(call_default_factory=True, validated_data={})
+    inner = raw.get(key, default.model_dump(mode="json") if isinstance(default, BaseModel) else {})
+    if not isinstance(inner, dict):
+        return raw
+    return {**raw, key: _with_defaults(inner, rest, _models_in(field.annotation))}
+
+
+def _tags(schema: type[BaseModel]) -> tuple[Any, ...]:
+    return typing.get_args(schema.model_fields["type"].annotation)
 
 
 def nested(path: str, value: Any) -> dict[str, Any]:
@@ -184,7 +206,7 @@ def _explain(item: Any, schema: type[BaseModel]) -> str:
         nearest = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
         return f"{path}: unknown key." + (f" Did you mean {nearest[0]}?" if nearest else f" Known: {', '.join(known)}.")
     if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        tags = item["ctx"].get("expected_tags", "")
+        tags = item["ctx"].get("expected_tags") or ", ".join(map(repr, _types_at(item["loc"], schema)))
         return f"{path}: needs a type" + (f", one of {tags}." if tags else f": {item['msg']}.")
     message = item["msg"].removeprefix("Value error, ")
     hidden = isinstance(item["input"], dict | BaseModel) or "password" in message
@@ -193,17 +215,27 @@ def _explain(item: Any, schema: type[BaseModel]) -> str:
 
 
 def _fields_at(loc: Sequence[Any], schema: type[BaseModel]) -> list[str]:
-    """Field names of the schema section at `loc`, where pydantic mixes keys, list indices and union tags."""
+    """Field names of the sections that may stand at `loc`."""
+    return sorted({name for model in _sections_at(loc, schema) for name in model.model_fields})
+
+
+def _types_at(loc: Sequence[Any], schema: type[BaseModel]) -> list[str]:
+    """The types of the sections that may stand at `loc`."""
+    return [tag for model in _sections_at(loc, schema) if "type" in model.model_fields for tag in _tags(model)]
+
+
+def _sections_at(loc: Sequence[Any], schema: type[BaseModel]) -> list[Any]:
+    """The sections that may stand at `loc`, in which pydantic mixes keys, list indices and union tags."""
     candidates: list[Any] = [schema]
     for part in loc:
         following: list[Any] = []
         for model in candidates:
             if part in model.model_fields:
                 following += _models_in(model.model_fields[part].annotation)
-            elif "type" in model.model_fields and part in typing.get_args(model.model_fields["type"].annotation):
+            elif "type" in model.model_fields and part in _tags(model):
                 following.append(model)  # a union tag: stay in the class that it names
         candidates = following or candidates  # a list index or dict key: stay
-    return sorted({name for model in candidates for name in model.model_fields})
+    return candidates
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -1,6 +1,8 @@
+import functools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -42,6 +44,48 @@ def test_a_changed_type_drops_the_other_types_keys() -> None:
     assert recipe.optimizer == AdamW(type="adamw", lr=1e-3)
     assert isinstance(load_recipe([DEMO]).optimizer, Soul)
     assert merge({"a": {"type": "x", "p": 1}}, {"a": {"q": 2}}) == {"a": {"type": "x", "p": 1, "q": 2}}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("objective.forget.weight=0.3", {"objective.forget.weight": 0.3, "objective.normal.type": "kl_to_original"}),
+        ("objective.random.responses=2", {"objective.random.responses": 2, "objective.forget.weight": 0.1}),
+        ("objective.normal.weight=2", {"objective.normal.weight": 2.0, "objective.random.weight": 1.0}),
+        ("objective.random=null", {"objective.random": None, "objective.forget.type": "gradient_ascent"}),
+        ("objective.forget.type=npo", {"objective.forget.beta": 0.1, "objective.normal.type": "kl_to_original"}),
+        ("objective.forget.weight.end=1", None),  # the default is a number, which has no end
+        ("optimizer.lr=1e-6", {"optimizer.lr": 1e-6, "optimizer.type": "soul"}),
+        ("optimizer.preset=soul-release", {"optimizer.preset": "soul-release", "optimizer.type": "soul"}),
+        ("optimizer.type=adamw", {"optimizer.type": "adamw", "optimizer.lr": 1e-4}),
+        ("attacks.relearn.optimizer.lr=0.5", {"attacks.relearn.optimizer.lr": 0.5, "attacks.relearn.share": 0.2}),
+        ("finetune.optimizer.lr=0.5", {"finetune.optimizer.lr": 0.5, "finetune.optimizer.type": "adamw"}),
+        ("train.probe.every=3", {"train.probe.every": 3, "train.probe.rows": 32}),
+    ],
+)
+def test_an_override_changes_a_default_as_it_changes_what_a_file_says(override: str, expected: Any) -> None:
+    tofu, base = DEMO.with_name("tofu-forget10.yaml"), "finetune.base.type=scratch"
+    if expected is None:
+        with pytest.raises(ConfigError, match=r"needs a type, one of 'ramp', 'balanced', 'dual'"):
+            load_recipe([tofu], [override])
+        return
+    recipe = load_recipe([tofu], [override, base])
+    for path, value in expected.items():
+        assert functools.reduce(getattr, path.split("."), recipe) == value, path
+    # and nothing else is another one than by default
+    plain = load_recipe([tofu], [base])
+    section = override.partition(".")[0]
+    left = {section: True, "name": True}
+    assert recipe.model_dump(exclude=left) == plain.model_dump(exclude=left)
+
+
+def test_a_section_that_a_file_gives_stays_what_the_file_says(tmp_path: Path) -> None:
+    (tmp_path / "only.yaml").write_text("objective: {forget: {type: npo}, normal: {type: nll}}")
+    recipe = load_recipe([DEMO.with_name("tofu-forget10.yaml"), tmp_path / "only.yaml"], ["objective.normal.weight=3"])
+    assert recipe.objective.random is None
+    assert (recipe.objective.forget.type, recipe.objective.normal.weight) == ("npo", 3.0)  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"objective.random.type: Field required"):
+        load_recipe([DEMO.with_name("tofu-forget10.yaml"), tmp_path / "only.yaml"], ["objective.random.weight=3"])
 
 
 def test_override_values_are_yaml_and_may_hold_equals() -> None:
