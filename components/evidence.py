@@ -1,6 +1,7 @@
 """What an evaluation found of some models, written down so that it can be judged later and elsewhere."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,33 @@ from components.files import write_whole
 
 WITHOUT_INTERVAL = ("forget_quality", "forget_quality_log10", "privleak")
 """Metrics of all rows together."""
+
+
+_SHARES = (
+    "forget_quality", "model_utility", "probability", "rouge", "truth_ratio", "choice", "exact_match",
+    "exact_memorization", "extraction_strength", "longest_run", "bleu", "leak", "worst_sample", "unique_words",
+    "refusal", "harmful", "similarity",
+)  # fmt: skip
+
+
+def attainable(metric: str) -> tuple[float, float]:
+    """The smallest and largest value that a metric can have for any model, as far as they are known."""
+    name = metric.rpartition("/")[2]  # of an attack
+    if name == "forget_quality_log10":
+        return -math.inf, 0.0
+    if name.endswith("_perplexity"):
+        return 1.0, math.inf
+    if name == "privleak":
+        return -100.0, math.inf
+    share = name.startswith("mia_") or any(name == known or name.endswith(f"_{known}") for known in _SHARES)
+    return (0.0, 1.0) if share and not name.startswith("lm_eval_") else (-math.inf, math.inf)
+
+
+def tells_forgetting(metric: str) -> bool:
+    """Whether a metric says how much was forgotten, so that the original must be bad at it."""
+    name = metric.rpartition("/")[2]
+    fluent = name.endswith("_unique_words")
+    return (name.startswith(("forget_", "mia_")) and not fluent) or name == "privleak"
 
 
 class Evaluated(NamedTuple):

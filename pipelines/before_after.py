@@ -14,6 +14,7 @@ from components.console import duration
 from components.data.prepare import Prepared
 from components.data.requests import RequestFile, read_requests
 from components.data.rows import PreparedRows
+from components.errors import ModelError
 from components.evaluation.by_request import by_request
 from components.evaluation.report import Sample, telling_samples
 from components.evidence import Evaluated, Evidence
@@ -76,11 +77,17 @@ def evaluate_after(
     model, original = Model(folder / "model", fingerprint(folder / "model")), before.models["original"]
     samples: dict[str, list[Sample]] = {}
     records, evaluated = dict(before.records), dict(before.evaluated)
+    problems = []
+    if since := trained.get("collapsed_since"):
+        problems.append(f"collapsed: from step {since} on worse on the normal rows than guessing")
     if before.questions:
-        after = records[CANDIDATE] = score_model(recipe, model, before.questions, records["original"])
-        reference = retain_reference(recipe, before.records.get("retain-only"))
-        evaluated[CANDIDATE] = evaluate_model(recipe, model, after, reference)
-        samples = {name: telling_samples(records["original"], after, name) for name in before.questions}
+        try:
+            after = records[CANDIDATE] = score_model(recipe, model, before.questions, records["original"])
+            reference = retain_reference(recipe, before.records.get("retain-only"))
+            evaluated[CANDIDATE] = evaluate_model(recipe, model, after, reference)
+            samples = {name: telling_samples(records["original"], after, name) for name in before.questions}
+        except ModelError as error:  # the training is done, and whoever waited for it gets a report all the same
+            problems.append(f"cannot be evaluated: {error}")
     models = {**before.models, CANDIDATE: model}
     evidence = evidence_of(models, evaluated, before.questions, None)
     now = [gate for gate in recipe.gates if not gate.suite and gate.of != "champion"]
@@ -91,6 +98,7 @@ def evaluate_after(
         evaluated={name: evaluated[name] for name in _MODELS if name in evaluated},
         records={name: records[name] for name in _MODELS if name in records},
         samples=samples,
+        problems=problems,
         gates=judge(now, {None: evidence} if evaluated else {}, model.hash),
         facts={
             "command": shlex.join(["python", *sys.argv]),

@@ -11,7 +11,6 @@ recipe. What is already scored is not scored again.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from components.config import Pretrained, Recipe, registered_name
@@ -21,6 +20,7 @@ from components.evaluation.evaluate import Reference, compared, evaluate_records
 from components.evaluation.exchange import read_reference
 from components.evaluation.general import general_ability
 from components.evaluation.judge import judged
+from components.evaluation.metrics import mean_logp
 from components.evaluation.report import changes_table, metrics_table
 from components.evaluation.scoring import score
 from components.evidence import Evaluated
@@ -164,7 +164,7 @@ def score_model(recipe: Recipe, model: Model, sets: dict[str, Prepared], origina
         check_same_tokens([model, reference])
         plain = evaluation.model_copy(update={"metrics": [], "gradient_norms": False})
         said = score(folder, reference.hash, sets, plain, recipe.train, storage)["logp"].to_pylist()
-        records = records.append_column("reference_loss", pa.array([-float(np.mean(logp[0])) for logp in said]))
+        records = records.append_column("reference_loss", pa.array([-mean_logp(logp[0]) for logp in said]))
     if evaluation.judge and records["generated"].null_count == 0:
         records = judged(records, evaluation.judge, recipe.train, storage)
     return records

@@ -37,6 +37,8 @@ class Outcome(NamedTuple):
     samples: dict[str, list[Sample]]
     """By question set."""
     gates: list[GateResult]
+    problems: list[str]
+    """What is wrong with the model whatever the gates say."""
     facts: dict[str, str]
     """How the model was made."""
 
@@ -51,7 +53,7 @@ class Outcome(NamedTuple):
         later = len(self.recipe.gates) - len(self.gates)
         told = [f"{failed} of {len(self.gates)} gates do not hold" if failed else "gates hold"] if self.gates else []
         told += [f"{later} more to be judged by promote.py"] if later else []
-        return "; ".join(told) or "no gates"
+        return "; ".join([*self.problems, *told]) or "no gates"
 
 
 def empty_answers(records: Mapping[str, pa.Table]) -> str:
@@ -67,7 +69,7 @@ def write_files(outcome: Outcome) -> None:
     (folder / "eval").mkdir(exist_ok=True)
     write_report(
         folder / "report.html", title, outcome.facts, outcome.evaluated, outcome.records, lines, outcome.samples,
-        [gate_head(), *gate_cells(outcome.gates)] if outcome.gates else [],
+        [gate_head(), *gate_cells(outcome.gates)] if outcome.gates else [], outcome.verdict(),
     )  # fmt: skip
     if outcome.metrics:
         write_whole(folder / "eval" / "metrics_table.json", json.dumps(metrics_columns(outcome.evaluated)))

@@ -65,8 +65,9 @@ class World:
         (run_folder / "model" / "note.json").write_text(json.dumps({"utility": utility, "folder": run_folder.name}))
         of = {"retain": "digest of the questions"}
         hashes = {"unlearned": fingerprint(run_folder / "model"), "original": "o"}
-        found = Evaluated({"utility": utility}, {}, {}, {"utility": np.full(1000, utility)})
-        write_evidence(Evidence(of, hashes, {"unlearned": found, "original": found}), run_folder)
+        found = Evaluated({"utility": utility, "forget_similarity": 0.5}, {}, {}, {"utility": np.full(1000, utility)})
+        original = found._replace(values={"utility": utility, "forget_similarity": 1.0})
+        write_evidence(Evidence(of, hashes, {"unlearned": found, "original": original}), run_folder)
         if requests:
             (run_folder / "requests.json").write_text(json.dumps(REQUESTS))
         experiment = experiment_id(self.client, "unlearning", self.folder / "runs")
@@ -168,7 +169,7 @@ def test_from_the_first_champion_to_a_rollback(any_world: World, capsys: pytest.
     assert world.promote("history") == 0
     shown = capsys.readouterr().out
     assert shown.count("\n3  ") == 1
-    assert "gates     2 of 2 held" in shown
+    assert "gates     3 of 3 held" in shown
     assert world.promote("diff", "1", "2") == 0
     assert "utility        0.8       0.75" in capsys.readouterr().out
     champion = world.target.get_model_version("m", "1")

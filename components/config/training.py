@@ -229,6 +229,9 @@ class Train(Section):
     max_bad_steps: int = Field(0, ge=0)
     """Steps whose loss or gradient is not finite that may be left out, no parameter being changed, before training
     ends with an error."""
+    stop_collapsed: int | None = Field(3, ge=1)
+    """Steps in a row after which unlearning stops when the model answers the normal rows worse than by guessing: a loss
+    above ln(vocabulary) nats per token. null: never; the report says that the model collapsed in either case."""
     timeout: float = Field(600, gt=0)
     """Seconds that a worker waits for the others in one exchange before it takes them for dead."""
     probe: Probe | None = None

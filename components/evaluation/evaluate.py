@@ -28,6 +28,8 @@ from components.evidence import Evaluated
 _RESAMPLES = 1000
 _NEEDS_RETAIN_ONLY = "needs a retain-only model: give models.retain_only, finetune or evaluation.retain_log"
 _UTILITY = ("probability", "rouge", "truth_ratio")
+_OF_FORGET = ("forget_quality", "forget_quality_log10")
+_SIGNIFICANT = 0.05  # below it the test tells two models apart (TOFU)
 
 
 class Reference(NamedTuple):
@@ -54,10 +56,14 @@ def evaluate_records(
     """`<set>_<row metric>` and `<set>_perplexity` for each set, `forget_quality`, `model_utility`, `mia_<attack>`,
     `privleak` and `others`: those that `evaluation.metrics` names, as far as the records allow.
 
+    A set that a model answers with what is no number is not measured; `missing` says so.
+
     Raises:
-        DataError: when a metric is not finite, or the retain-only model was asked other questions.
+        DataError: when the retain-only model was asked other questions.
     """
     sets = by_set(records)
+    unsound = {name: why for name, rows in sets.items() if (why := _unsound(rows))}
+    sets = {name: rows for name, rows in sets.items() if name not in unsound}
     draws = {name: _resamples(len(rows), name) for name, rows in sets.items()}
     found = Evaluated(dict(others or {}), {}, {}, {})
     scores = {name: _row_scores(name, rows, evaluation, found) for name, rows in sets.items()}
@@ -65,7 +71,9 @@ def evaluate_records(
         for metric, numbers in scores[name].items():
             _put(found, f"{name}_{metric}", numbers.mean(), numbers[draws[name]].mean(axis=1))
         _put(found, f"{name}_perplexity", *_perplexity(rows, draws[name]))
-    if evaluation.utility and evaluation.wants("model_utility"):
+    for name, why in unsound.items():
+        found.missing.update(dict.fromkeys(_measured(name, evaluation), why))
+    if evaluation.utility and evaluation.wants("model_utility") and not unsound.keys() & {*evaluation.utility}:
         parts = [(s, m) for s in evaluation.utility for m in _UTILITY if m in scores[s]]
         whole = harmonic_mean(np.array([found.values[f"{s}_{m}"] for s, m in parts]))
         resampled = np.stack([scores[s][m][draws[s]].mean(axis=1) for s, m in parts])
@@ -74,11 +82,30 @@ def evaluate_records(
         if reference:
             _check_same_rows(sets["forget"], reference)
         _forget_quality(sets["forget"], reference, found)
-        _membership(sets, reference, draws, found)
-    bad = [name for name, value in found.values.items() if not math.isfinite(value)]
-    if bad:
-        raise DataError(f"Metrics are not finite ({', '.join(bad)}). Expected finite log-probabilities in the records.")
+        if "holdout" not in unsound:
+            _membership(sets, reference, draws, found)
+    for name in [name for name, value in found.values.items() if not math.isfinite(value)]:
+        found.missing[name] = f"is {found.values.pop(name)}"
+        found.intervals.pop(name, None)
+        found.resampled.pop(name, None)
     return _chosen(found, evaluation)
+
+
+def _unsound(rows: Sequence[Row]) -> str:
+    """Why a set cannot be measured; empty where it can."""
+    if not rows:
+        return "has no rows"
+    bad = sum(bool(np.isnan(np.concatenate(row["logp"])).any()) for row in rows)
+    return f"the model's log-probabilities are no numbers in {bad} of {len(rows)} rows" if bad else ""
+
+
+def _measured(name: str, evaluation: Evaluation) -> list[str]:
+    """Metrics that the question set `name` has a part in."""
+    own = [f"{name}_{metric}" for metric in (*ROW_METRICS, "perplexity")]
+    own += ["model_utility"] * (name in evaluation.utility)
+    own += [*_OF_FORGET] * (name == "forget")
+    own += [*(f"mia_{attack}" for attack in ATTACKS), "privleak"] * (name in ("forget", "holdout"))
+    return [metric for metric in own if evaluation.wants(metric)]
 
 
 def compared(ours: Evaluated, theirs: Evaluated) -> dict[str, tuple[float, float, float]]:
@@ -151,14 +178,21 @@ def _check_same_rows(forget: Sequence[Row], reference: Reference) -> None:
 
 
 def _forget_quality(forget: Sequence[Row], reference: Reference | None, found: Evaluated) -> None:
-    names = ("forget_quality", "forget_quality_log10")
     own = log_truth_ratios(forget)
     if own is None:
-        found.missing.update(dict.fromkeys(names, NEEDS[WRONG]))
+        found.missing.update(dict.fromkeys(_OF_FORGET, NEEDS[WRONG]))
     elif reference is None or reference.log_truth_ratios is None:
-        found.missing.update(dict.fromkeys(names, _NEEDS_RETAIN_ONLY))
+        found.missing.update(dict.fromkeys(_OF_FORGET, _NEEDS_RETAIN_ONLY))
+    elif (least := _least_quality(len(own))) > _SIGNIFICANT:
+        why = f"is at least {least:.2g} whatever the model says: {len(own)} forget rows are too few, give 4 or more"
+        found.missing.update(dict.fromkeys(_OF_FORGET, why))
     else:
-        found.values.update(zip(names, forget_quality(own, reference.log_truth_ratios), strict=True))
+        found.values.update(zip(_OF_FORGET, forget_quality(own, reference.log_truth_ratios), strict=True))
+
+
+def _least_quality(rows: int) -> float:
+    """The smallest p-value that two samples of `rows` can have: 2/C(2n, n), where all of one lie below the other."""
+    return min(1.0, 2 / math.comb(2 * rows, rows))
 
 
 def _membership(
@@ -204,7 +238,7 @@ def forget_quality(unlearned: Sequence[float], retain_only: Sequence[float]) -> 
 
 def harmonic_mean(values: np.ndarray) -> np.ndarray:
     """Over the first axis; 0 where any value is: TOFU's model utility, of nine numbers there."""
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         return np.where((values > 0).all(axis=0), len(values) / (1 / values).sum(axis=0), 0.0)
 
 

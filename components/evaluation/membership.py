@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from components.evaluation.metrics import Row, without_eos
+from components.evaluation.metrics import Row, mean_logp, without_eos
 
 _SHARE = 0.4  # of the tokens, the least likely, that min-k looks at
 
 
 def loss(row: Row) -> float:
     """Mean −log p (arXiv 1709.01604)."""
-    return -float(np.mean(row["logp"][0]))
+    return -mean_logp(row["logp"][0])
 
 
 def loss_over_zlib(row: Row) -> float:

@@ -55,9 +55,17 @@ def has(rows: Sequence[Row], needs: str) -> bool:
     return not needs or all(row.get(needs) is not None for row in rows)
 
 
+_LEAST = -1e30  # stands for log 0: a mean, a sum or a difference of such numbers is a number
+
+
+def mean_logp(logp: Sequence[float]) -> float:
+    """Mean log p of an answer's tokens in nats, finite for tokens of probability 0 too."""
+    return float(np.mean(np.maximum(logp, _LEAST)))
+
+
 def probability(row: Row) -> float:
     """Of the right answer (TOFU, arXiv 2401.06121)."""
-    return math.exp(float(np.mean(row["logp"][0])))
+    return math.exp(mean_logp(row["logp"][0]))
 
 
 def wrong_logp(row: Row) -> list[list[float]]:
@@ -66,9 +74,13 @@ def wrong_logp(row: Row) -> list[list[float]]:
 
 
 def normalised_probability(row: Row) -> float:
-    """p / (p + Σ p_wrong): 1 when the right answer outweighs all wrong ones (TOFU)."""
-    right = probability(row)
-    return right / (right + sum(math.exp(float(np.mean(logp))) for logp in wrong_logp(row)))
+    """p / (p + Σ p_wrong): 1 when the right answer outweighs all wrong ones (TOFU).
+
+    From differences of log p, so that it is defined where a collapsed model's probabilities are all too small for a
+    float.
+    """
+    right = mean_logp(row["logp"][0])
+    return 1 / (1 + sum(math.exp(min(mean_logp(logp) - right, 700)) for logp in wrong_logp(row)))
 
 
 def log_truth_ratio(row: Row) -> float:
@@ -76,7 +88,7 @@ def log_truth_ratio(row: Row) -> float:
 
     At most 700 in size, so that its exponential stays finite for a model that has collapsed.
     """
-    return _log_ratio(row, [np.mean(logp) for logp in wrong_logp(row)])
+    return _log_ratio(row, [mean_logp(logp) for logp in wrong_logp(row)])
 
 
 def log_truth_ratios(rows: Sequence[Row]) -> list[float] | None:
@@ -86,12 +98,12 @@ def log_truth_ratios(rows: Sequence[Row]) -> list[float] | None:
 
 def log_truth_ratio_arithmetic(row: Row) -> float:
     """The same with the wrong answers' arithmetic mean, as some published code has it."""
-    means = np.array([np.mean(logp) for logp in wrong_logp(row)])
+    means = np.array([mean_logp(logp) for logp in wrong_logp(row)])
     return _log_ratio(row, [means.max() + np.log(np.mean(np.exp(means - means.max())))])
 
 
 def _log_ratio(row: Row, wrong: Sequence[Any]) -> float:
-    right = float(np.mean(row["logp"][1 if row["paraphrased"] else 0]))
+    right = mean_logp(row["logp"][1 if row["paraphrased"] else 0])
     return float(np.clip(np.mean(wrong) - right, -700, 700))
 
 
@@ -120,7 +132,7 @@ def similarity(row: Row) -> float:
 
 def choice(row: Row) -> float:
     """Whether the right answer is likelier per token than each wrong one, EOS left out: multiple choice."""
-    right, *wrong = (float(np.mean(without_eos(logp))) for logp in (row["logp"][0], *wrong_logp(row)))
+    right, *wrong = (mean_logp(without_eos(logp)) for logp in (row["logp"][0], *wrong_logp(row)))
     return float(right > max(wrong))
 
 

@@ -110,7 +110,7 @@ def telling_samples(before: pa.Table, after: pa.Table, set_name: str, count: int
 def write_report(
     file: Path, title: str, facts: Mapping[str, str], models: Mapping[str, Evaluated],
     records: Mapping[str, pa.Table], lines: Sequence[Mapping[str, Any]], shown: Mapping[str, Sequence[Sample]],
-    gates: Sequence[Sequence[str]],
+    gates: Sequence[Sequence[str]], verdict: str,
 ) -> None:  # fmt: skip
     """One HTML file without outside references, and its plots beside it in `figures`; `gates` with their header."""
     into = file.with_name("figures")
@@ -121,7 +121,7 @@ def write_report(
     changes = compared(models["unlearned"], models["original"]) if both else {}
     headline = [name for name in metric_names(values) if name in HEADLINE]
     sections = [
-        f"<h1>{html.escape(title)}</h1>",
+        f"<h1>{html.escape(title)}</h1><p><strong>{html.escape(verdict)}</strong></p>",
         html_table([("", *models)], [[n, *(number(m.get(n)) for m in values.values())] for n in headline], "numbers"),
         "<h2>Gates</h2>" + html_table(gates[:1], gates[1:], "numbers") if gates else "",
         f"<h2>Forgetting against utility</h2>{_figures(plane(values), into)}",

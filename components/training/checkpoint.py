@@ -44,6 +44,8 @@ class Course(NamedTuple):
     """SOUL's share of clipped coordinates in the last step."""
     bad_steps: int = 0
     """Steps left out so far because their numbers were not finite."""
+    collapsed: int = 0
+    """Steps in a row, up to this one, after which the model answered normal rows worse than by guessing."""
 
 
 def gathered(value: Any, setup: Setup) -> list[Any]:

@@ -1,11 +1,12 @@
 """What must not break while a model forgets: bounds on metrics, and a probe of what is kept and what forgotten."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from components.config import Guard, Probe
+from components.config import Guard, KlToOriginal, Nll, Objective, Probe
 from components.data.streams import StepRows, draw
 from components.errors import ConfigError
 from components.training.batches import to_device
@@ -24,6 +25,23 @@ def broken(guards: Sequence[Guard], metrics: Mapping[str, float]) -> str | None:
             return f"{guard.metric} {value:.4g} is below {guard.min:g}"
         if guard.max is not None and not value <= guard.max:
             return f"{guard.metric} {value:.4g} is above {guard.max:g}"
+    return None
+
+
+def worse_than_guessing(objective: Objective, metrics: Mapping[str, float], vocabulary: int) -> str | None:
+    """Say how badly the model answers normal rows if a uniform guess among `vocabulary` tokens does better, else None.
+
+    The guess loses ln V nats per token, and its KL from the original is ln V minus the original's entropy. Only of
+    unlearning: a model that learns from scratch starts there.
+    """
+    if not (objective.forget or objective.random):
+        return None
+    guess, loss = math.log(vocabulary), metrics.get("train/normal_loss")
+    if loss is not None and isinstance(objective.normal, KlToOriginal | Nll) and loss > guess:
+        return f"train/normal_loss {loss:.3g} is above {guess:.3g}, that of guessing"
+    probability = metrics.get(f"{PROBE}normal_probability")
+    if probability is not None and probability < 1 / vocabulary:
+        return f"probe/normal_probability {probability:.2g} is below {1 / vocabulary:.2g}, that of guessing"
     return None
 
 

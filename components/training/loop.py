@@ -25,7 +25,7 @@ from components.training.engine import (
     start_engine,
 )
 from components.training.gradients import choose_mask, hold
-from components.training.guards import broken, check_measured, last_good, probe, seen
+from components.training.guards import broken, check_measured, last_good, probe, seen, worse_than_guessing
 from components.training.job import Job, make_plan, note, open_sets, total_steps
 from components.training.losses import steering_direction
 from components.training.passes import Setup
@@ -44,8 +44,10 @@ def train_loop(
 
     `notice` is asked by all ranks together, every few seconds, which of their machines are about to go.
 
-    Returns the number of steps behind the result, seconds, and `stopped`: True when somebody made the file `job.stop`,
-    in which case there is a checkpoint and no result. The course of training is in `job.metrics` and `job.events`.
+    Returns the number of steps behind the result, seconds, `stopped`: True when somebody made the file `job.stop`, in
+    which case there is a checkpoint and no result, and `collapsed_since`: the step from which on, to the last one, the
+    model answered normal rows worse than by guessing, None where it does not. The course of training is in
+    `job.metrics` and `job.events`.
 
     Raises:
         TrainingError: on all ranks alike when more than `train.max_bad_steps` steps had a loss or gradient that is not
@@ -63,7 +65,7 @@ def train_loop(
     noticed: tuple[str, ...] = ()
 
     try:
-        while course.step < steps and not stopped and not guard:
+        while course.step < steps and not stopped and not guard and not _has_collapsed(course, job):
             step_started = time.perf_counter()
             try:
                 course, measured, tokens, rows = one_step(setup, course, steps)
@@ -79,6 +81,7 @@ def train_loop(
             guard = broken(job.guards, measured)
             if not guard:
                 course = course._replace(seen=seen(job.guards, measured, number, course.seen))
+                course = _watched(setup, course, measured)
             asked = rank == 0 and job.stop is not None and Path(job.stop).exists()
             due = rank == 0 and time.perf_counter() - looked > _NOTICE_SECONDS
             memory, stopped, look = _largest(setup, _peak_memory(device) - before, asked, notice is not None and due)
@@ -205,10 +208,31 @@ def _gone_back(setup: Setup, place: Place | None, course: Course, guard: str | N
     return found or course
 
 
+def _watched(setup: Setup, course: Course, measured: dict[str, float]) -> Course:
+    """The course with the steps counted in which the model did worse on normal rows than a guess would."""
+    if BAD_STEPS in measured:
+        return course
+    vocabulary = setup.engine.module.model.config.get_text_config().vocab_size
+    worse = worse_than_guessing(setup.job.objective, measured, vocabulary)
+    course = course._replace(collapsed=course.collapsed + 1 if worse else 0)
+    if worse and setup.batcher.rank == 0 and (course.collapsed == 1 or _has_collapsed(course, setup.job)):
+        then = ": training stops" if _has_collapsed(course, setup.job) else ""
+        note(setup.job, "collapse", f"step {course.step}: the model collapses, {worse}{then}", step=course.step)
+    return course
+
+
+def _has_collapsed(course: Course, job: Job) -> bool:
+    return job.train.stop_collapsed is not None and course.collapsed >= job.train.stop_collapsed
+
+
 def _ended(setup: Setup, course: Course, seconds: float, stopped: bool) -> dict[str, Any]:
     torch.distributed.barrier()
     setup.engine.destroy()
-    return {"steps": course.step, "seconds": seconds, "world": setup.batcher.world, "stopped": stopped}
+    since = course.step - course.collapsed + 1 if course.collapsed else None
+    return {
+        "steps": course.step, "seconds": seconds, "world": setup.batcher.world, "stopped": stopped,
+        "collapsed_since": since,
+    }  # fmt: skip
 
 
 def _keep_lines(metrics: Path, steps: int) -> None:

@@ -45,7 +45,8 @@ def one_step(setup: Setup, course: Course, steps: int) -> Done:
         BadNumbers: on all ranks alike when a loss or gradient is not finite; no parameter is changed then.
     """
     job, objective, plan, optimizer = setup.job, setup.job.objective, setup.batcher.plan, setup.optimizer
-    number, learnt, _, since_refresh, clip_fraction, _ = course
+    number, learnt, clip_fraction = course.step, course.learnt, course.clip_fraction
+    since_refresh = course.since_refresh
     step = step_of(setup, number)
     weights = weights_at(objective, number, steps, plan.steps_per_epoch, learnt)
     measured: dict[str, float] = {}
