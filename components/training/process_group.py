@@ -9,7 +9,7 @@ from ray.train.torch import TorchConfig
 _RaysBackend: Any = TorchConfig().backend_cls
 
 
-class _Backend(_RaysBackend):  # type: ignore[misc, valid-type]
+class _Backend(_RaysBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         reserved = worker_group.get_resources_per_worker().get("GPU", 0)
         if reserved and not worker_group.execute_single(0, torch.cuda.is_available):
