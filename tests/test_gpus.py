@@ -98,7 +98,8 @@ def classifier(run_folder: Path, tmp_path: Path) -> Path:
 
 def test_a_judge_on_logical_gpus(run_folder: Path, recipe: Path, address: str, classifier: Path) -> None:
     judge = f"evaluation.judge={{type: classifier, path: {classifier}, label: harmful}}"
-    done = command("evaluate", str(recipe), str(run_folder / "model"), judge, RAY_ADDRESS=address)
+    shown = "evaluation.metrics=[forget_harmful, model_utility]"
+    done = command("evaluate", str(recipe), str(run_folder / "model"), judge, shown, RAY_ADDRESS=address)
     assert done.returncode == 0, done.stderr
     assert "forget_harmful" in done.stdout
 
