@@ -33,8 +33,8 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(i for i in ids if isinstance(i, int) and 0 <= i < text.vocab_size))
 
 
-def find_batching(model: Any, prompt: Sequence[int], room: int = _TRIED) -> Batching:
-    """The batching that the model's answers bear: tried on `prompt`, of which at most `room` tokens are generated.
+def find_batching(model: Any, prompt: Sequence[int] = range(16), room: int = _TRIED) -> Batching:
+    """The batching that leaves the model's answers as they are: tried on `prompt`, with at most `room` tokens after it.
 
     Padding on the left must be invisible. It is not to models that ignore the mask, as recurrent ones do, or that
     count positions from the first column.
@@ -79,10 +79,6 @@ def generate_answers(
 
     `model` is one whose generation is ours (`own_generation`). The draws depend on the prompts alone.
     """
-    import torch
-
-    from components.config import digest
-
     groups: dict[Any, list[int]] = {}
     for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         key = {"padded": (limit,), "equal lengths": (limit, len(prompt)), "one by one": (i,)}[batching]
@@ -93,6 +89,10 @@ def generate_answers(
         asked = [prompts[i] for i in group]
         how: dict[str, Any] = {"do_sample": False}
         if samples:
+            import torch
+
+            from components.config import digest
+
             torch.manual_seed(int(digest(asked), 16))  # of the batch, which any number of workers makes alike
             how = {"do_sample": True, "num_return_sequences": samples, "temperature": temperature, "top_k": 0}
         found = _generate(model, asked, **how, max_new_tokens=limits[group[0]])
