@@ -79,27 +79,27 @@ def generate_answers(
 
     `model` is one whose generation is ours (`own_generation`). The draws depend on the prompts alone.
     """
+    how: dict[str, Any] = {"do_sample": False}
+    if samples:
+        import torch
+
+        from components.config import digest
+
+        torch.manual_seed(int(digest(prompts), 16))  # of the batch, which any number of workers makes alike
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    each = max(1, samples)
+    asked = [(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True) for _ in range(each)]
     groups: dict[Any, list[int]] = {}
-    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+    for i, (prompt, limit) in enumerate(asked):
         key = {"padded": (limit,), "equal lengths": (limit, len(prompt)), "one by one": (i,)}[batching]
         groups.setdefault(key, []).append(i)
-    each = max(1, samples)
-    answers: list[list[str]] = [[] for _ in prompts]
+    texts = [""] * len(asked)
     for group in groups.values():
-        asked = [prompts[i] for i in group]
-        how: dict[str, Any] = {"do_sample": False}
-        if samples:
-            import torch
-
-            from components.config import digest
-
-            torch.manual_seed(int(digest(asked), 16))  # of the batch, which any number of workers makes alike
-            how = {"do_sample": True, "num_return_sequences": samples, "temperature": temperature, "top_k": 0}
-        found = _generate(model, asked, **how, max_new_tokens=limits[group[0]])
-        texts = [answer_text(tokenizer, ids, ends) for ids in found[:, max(map(len, asked)) :].tolist()]
-        for place, i in enumerate(group):
-            answers[i] = texts[place * each : (place + 1) * each]
-    return answers
+        together = [asked[i][0] for i in group]
+        found = _generate(model, together, **how, max_new_tokens=asked[group[0]][1])[:, max(map(len, together)) :]
+        for i, ids in zip(group, found.tolist(), strict=True):
+            texts[i] = answer_text(tokenizer, ids, ends)
+    return [texts[i : i + each] for i in range(0, len(texts), each)]
 
 
 def _generate(model: Any, prompts: list[list[int]], **how: Any) -> Any:
