@@ -72,9 +72,15 @@ def _same_together(model: Any, prompts: list[list[int]], room: int) -> bool:
 
 
 def generate_answers(
-    model: Any, tokenizer: Any, prompts: list[list[int]], limits: list[int], batching: Batching, ends: list[int],
-    samples: int = 0, temperature: float = 1.0,
-) -> list[list[str]]:  # fmt: skip
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    limits: list[int],
+    batching: Batching,
+    ends: list[int],
+    samples: int = 0,
+    temperature: float = 1.0,
+) -> list[list[str]]:
     """For each prompt its greedy answer, or `samples` drawn ones, of at most its limit in tokens.
 
     `model` is one whose generation is ours (`own_generation`). The draws depend on the prompts alone.

@@ -1,5 +1,6 @@
 """The matrices in a model's blocks, found by what the model multiplies with, whatever the modules are called."""
 
+import bisect
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def block_matrices(model: Any) -> dict[str, int]:
-    """Parameters that the model multiplies its states with, by name, each with the dimension that the product sums over.
+    """Parameters that the model multiplies its states with: by name, the dimension that the product sums over.
 
     That is the input dimension: the last of a Linear's weight, the first of GPT-2's, one or the other of the two of an
     expert's in a tensor of many experts. A forward pass over a few tokens tells; modules of the same class count as
@@ -38,7 +39,9 @@ def _block_weights(model: Any) -> dict[str, nn.Parameter]:
     outside = [model.get_output_embeddings(), *(m for m in model.modules() if isinstance(m, nn.Embedding))]
     skipped = {id(p) for module in outside for p in module.parameters()}
     return {
-        name: p for name, p in model.named_parameters() if id(p) not in skipped and sum(size > 1 for size in p.shape) > 1
+        name: p
+        for name, p in model.named_parameters()
+        if id(p) not in skipped and sum(size > 1 for size in p.shape) > 1
     }
 
 
@@ -51,7 +54,8 @@ class _Products(TorchDispatchMode):
     def __init__(self, parameters: dict[str, nn.Parameter]):
         super().__init__()
         self.summed: dict[str, int] = {}
-        self._owners = {p.untyped_storage().data_ptr(): (name, p) for name, p in parameters.items()}
+        self._parameters = sorted(parameters.items(), key=lambda named: named[1].data_ptr())
+        self._starts = [p.data_ptr() for _, p in self._parameters]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for place, dimension in _FACTORS.get(func._schema.name.split("::")[1], ()):
@@ -59,8 +63,9 @@ class _Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _note(self, factor: Tensor, dimension: int) -> None:
-        name, owner = self._owners.get(factor.untyped_storage().data_ptr(), ("", None))
-        if owner is None:
+        place = bisect.bisect_right(self._starts, factor.data_ptr()) - 1
+        name, owner = self._parameters[max(place, 0)]
+        if not owner.data_ptr() <= factor.data_ptr() < owner.data_ptr() + owner.nbytes:
             return
         strides = {owner.stride(i): i for i, size in enumerate(owner.shape) if size > 1}
         if (found := strides.get(factor.stride(dimension))) is not None:
@@ -68,8 +73,15 @@ class _Products(TorchDispatchMode):
 
 
 _FACTORS = {
-    "mm": ((0, 1), (1, 0)), "addmm": ((1, 1), (2, 0)), "bmm": ((0, 2), (1, 1)), "baddbmm": ((1, 2), (2, 1)),
-    "mv": ((0, 1),), "addmv": ((1, 1),), "linear": ((1, 1),), "_grouped_mm": ((1, -2),), "grouped_mm": ((1, -2),),
+    "mm": ((0, 1), (1, 0)),
+    "addmm": ((1, 1), (2, 0)),
+    "bmm": ((0, 2), (1, 1)),
+    "baddbmm": ((1, 2), (2, 1)),
+    "mv": ((0, 1),),
+    "addmv": ((1, 1),),
+    "linear": ((1, 1),),
+    "_grouped_mm": ((1, -2),),
+    "grouped_mm": ((1, -2),),
     "grouped_mm_fallback": ((1, -2),),
-}  # fmt: skip
+}
 """Of each product of tensors: its factors by their place among the arguments, and the dimension it sums over."""

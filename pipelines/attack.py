@@ -63,7 +63,8 @@ def run(command: Command) -> None:
                 say(f"  examples   not tried: {error}")
         labels: dict[str, str] = {}
         for bits in recipe.attacks.bits:
-            name, shares = f"{bits}-bit weights", []
+            name = f"{bits}-bit weights"
+            shares: list[float] = []
             change = functools.partial(_quantise, bits, shares)
             rows[name] = [_changed(recipe, model, questions, change) for model in models.values()]
             labels[name] = f"{name}, {min(shares):.0%} of the blocks"
@@ -75,7 +76,10 @@ def run(command: Command) -> None:
             rows[name] = [_changed(recipe, model, questions, change) for model in models.values()]
     for metric in _SHOWN:
         say(f"\nforget {metric}, lower is better")
-        cells = [[labels.get(name, name), *(number(f.values[f"forget_{metric}"]) for f in found)] for name, found in rows.items()]
+        cells = [
+            [labels.get(name, name), *(number(f.values[f"forget_{metric}"]) for f in found)]
+            for name, found in rows.items()
+        ]
         say(table(["attack", *models], cells))
     own = own_run(command)
     if own and not command.words:

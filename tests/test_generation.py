@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 from components.evaluation.scoring import Asked, Scorer
 from components.generation import answer_text, find_batching, own_generation
 from components.models import context_length, load_model, load_tokenizer
-from tests.families import tiny, tiny_folder
+from tests.families import by_hand, tiny_folder
 
 NEW = 8
 LENGTHS = (23, 5, 12, 17, 9)
@@ -52,15 +52,6 @@ def asked(folder: Path, questions: list[list[int]], new: int = NEW, samples: int
     return found["generated"].to_pylist(), found["sampled"].to_pylist() if samples else None
 
 
-def by_hand(model: Any, prompt: list[int], new: int = NEW) -> list[int]:
-    """The likeliest token after all so far, again and again: no batch, no cache, no transformers' generate."""
-    ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(new):
-            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
-
-
 @pytest.fixture(scope="module")
 def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose answers differ, without generation_config.json."""
@@ -76,7 +67,7 @@ def plain_answers(plain: Path) -> tuple[list[str], Any]:
 
 def test_answers_are_the_likeliest_tokens(plain: Path, plain_answers: tuple[list[str], Any]) -> None:
     model, tokenizer = load_model(plain), load_tokenizer(plain)
-    assert plain_answers[0] == [answer_text(tokenizer, by_hand(model, prompt), [1]) for prompt in prompts()]
+    assert plain_answers[0] == [answer_text(tokenizer, by_hand(model, prompt, NEW), [1]) for prompt in prompts()]
     assert len(set(plain_answers[0])) == len(LENGTHS)
 
 
@@ -135,7 +126,7 @@ ENDS = {
 def test_every_eos_that_the_checkpoint_names_ends_an_answer(where: str, plain: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(plain, tmp_path / "model")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    answers = [by_hand(model, prompt) for prompt in prompts()]
+    answers = [by_hand(model, prompt, NEW) for prompt in prompts()]
     end = answers[0][3]
     of_generation, of_config, of_tokenizer = ENDS[where](end)
     if of_generation:
@@ -159,16 +150,22 @@ def test_a_batch_that_goes_on_after_an_answer_has_ended_leaves_no_trace(plain: P
 
 
 BATCHING = {
-    "llama": "padded", "gpt2": "padded", "opt": "padded", "mamba": "padded", "bloom": "padded", "gpt_oss": "padded",
-    "rwkv": "one by one", "minimax": "equal lengths",
-}  # fmt: skip
+    "llama": "padded",
+    "gpt2": "padded",
+    "opt": "padded",
+    "mamba": "padded",
+    "bloom": "padded",
+    "gpt_oss": "padded",
+    "rwkv": "one by one",
+    "minimax": "equal lengths",
+}
 
 
 @pytest.mark.parametrize("family", BATCHING)
 def test_answers_in_a_batch_are_those_given_alone(family: str, base: Path, tmp_path: Path) -> None:
     folder = tiny_folder(family, base, tmp_path / "model")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    expected = [answer_text(tokenizer, by_hand(model, prompt), [1]) for prompt in prompts()]
+    expected = [answer_text(tokenizer, by_hand(model, prompt, NEW), [1]) for prompt in prompts()]
     assert asked(folder, prompts())[0] == expected
     own_generation(model, tokenizer)
     assert find_batching(model) == BATCHING[family]
@@ -231,14 +228,12 @@ def test_a_model_that_bears_no_batch_is_asked_otherwise(
     assert find_batching(model, prompts()[0]) == batching
     questions = [*prompts(), prompts()[2][::-1]]
     greedy, drawn = asked(folder, questions, samples=2)
-    assert greedy == [answer_text(tokenizer, by_hand(model, prompt), [1]) for prompt in questions]
+    assert greedy == [answer_text(tokenizer, by_hand(model, prompt, NEW), [1]) for prompt in questions]
     assert all(one != other for one, other in drawn)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
-def test_a_prompt_near_the_end_of_the_context_shortens_no_other_answer(
-    family: str, base: Path, tmp_path: Path
-) -> None:
+def test_a_prompt_near_the_end_of_the_context_shortens_no_other_answer(family: str, base: Path, tmp_path: Path) -> None:
     folder = tiny_folder(family, base, tmp_path / "model")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     long = [(7 * i) % 390 + 2 for i in range(125)]

@@ -56,16 +56,23 @@ def _run(folder: Path, config: LmEval) -> dict[str, float]:
         manager = TaskManager(include_path=config.include_path)
         with without_warnings(), silent_stderr():  # a bar for each of its phases
             harness = HFLM(
-                str(folder), trust_remote_code=False, batch_size=config.batch_size, device=str(inference_device()),
+                str(folder),
+                trust_remote_code=False,
+                batch_size=config.batch_size,
+                device=str(inference_device()),
                 max_length=context_length(folder),
-            )  # fmt: skip
+            )
             own_generation(harness.model, harness.tokenizer)
             if find_batching(harness.model) != "padded":
                 harness.batch_size_per_gpu = 1
             outcome: Any = lm_eval.simple_evaluate(
-                model=harness, tasks=list(config.tasks), num_fewshot=config.shots, limit=config.limit,
-                log_samples=False, task_manager=manager,
-            )  # fmt: skip
+                model=harness,
+                tasks=list(config.tasks),
+                num_fewshot=config.shots,
+                limit=config.limit,
+                log_samples=False,
+                task_manager=manager,
+            )
     except (OSError, ValueError, KeyError) as error:  # data sets are fetched by the harness
         raise DataError(
             f"Task of lm-eval cannot be had (tasks={list(config.tasks)}): {type(error).__name__} {str(error)[:300]}. "

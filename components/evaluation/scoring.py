@@ -100,7 +100,7 @@ class Scorer:
         self.device = inference_device()
         self.model = load_model(Path(model), dtype).to(self.device)
         self.shares_prompts: bool | None = None  # not known before the first row of several answers
-        self.batching: Batching | None = None  # nor this before the first batch of several prompts
+        self.batching: Batching | None = None  # nor this before the first batch of several answers
         self.tokenizer = load_tokenizer(Path(model))
         self.ends = own_generation(self.model, self.tokenizer)
         self.room = context_length(Path(model))
@@ -164,7 +164,7 @@ class Scorer:
         of_row, of_place = torch.tensor(where, device=self.device).T
         states = hidden[of_row, of_place]
         tokens = torch.tensor([t for row in rows for answer in row.answers for t in answer], device=self.device)
-        at_once = max(1, _LOGITS // self.model.get_output_embeddings().out_features)
+        at_once = max(1, _LOGITS // self.model.get_output_embeddings().weight.shape[0])
         pieces = zip(states.split(at_once), tokens.split(at_once), strict=True)
         columns = [torch.cat(found).tolist() for found in zip(*(self._of_tokens(*p) for p in pieces), strict=True)]
         first = 0
@@ -196,13 +196,19 @@ class Scorer:
         """The greedy answer to each prompt, or so many drawn ones, up to EOS."""
         new_tokens = self.asked.max_new_tokens
         limits = [new_tokens if self.room is None else min(new_tokens, self.room - len(p)) for p in prompts]
-        if self.batching is None and len(prompts) > 1:
+        if self.batching is None and len(prompts) * max(1, samples) > 1:
             longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
             self.batching = find_batching(self.model, prompts[longest], limits[longest])
         return generate_answers(
-            self.model, self.tokenizer, prompts, limits, self.batching or "one by one", self.ends,
-            samples, self.asked.temperature,
-        )  # fmt: skip
+            self.model,
+            self.tokenizer,
+            prompts,
+            limits,
+            self.batching or "one by one",
+            self.ends,
+            samples,
+            self.asked.temperature,
+        )
 
 
 def _ids(rows: pa.Table) -> tuple[list[list[int]], list[list[list[int]]]]:

@@ -11,9 +11,14 @@ if TYPE_CHECKING:
 
 MASK = 1 << 25  # numbers in an attention mask at most
 _WINDOWS = (  # as transformers' configs name them
-    "sliding_window", "sliding_window_size", "attention_window_size", "window_size", "attention_chunk_size",
-    "local_attention", "local_attention_window_len",
-)  # fmt: skip
+    "sliding_window",
+    "sliding_window_size",
+    "attention_window_size",
+    "window_size",
+    "attention_chunk_size",
+    "local_attention",
+    "local_attention_window_len",
+)
 
 
 class Row(NamedTuple):
@@ -65,7 +70,8 @@ def may_share(model: Any, row: Row) -> bool:
     """Whether the row's mask is small enough and no token is out of sight of another, as in a sliding window."""
     config = model.config.get_text_config()
     windows = [getattr(config, name, None) for name in _WINDOWS]
-    return len(row.ids) <= min([int(MASK**0.5), *(w for w in windows if isinstance(w, int) and w > 0)])  # 0: it has none
+    given = [window for window in windows if isinstance(window, int) and window > 0]  # 0 means none
+    return len(row.ids) <= min([int(MASK**0.5), *given])
 
 
 def worth_sharing(row: Row, hidden_size: int) -> bool:
