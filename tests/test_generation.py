@@ -10,11 +10,15 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
+from components.errors import ConfigError
 from components.evaluation.scoring import Asked, Scorer
 from components.generation import answer_text, find_batching, own_generation
+from components.load_config import load_recipe
 from components.models import context_length, load_model, load_tokenizer
+from pipelines.finetune import check_context
 from tests.families import by_hand, tiny_folder
 
+DEMO = str(Path(__file__).parents[1] / "pipelines" / "recipes" / "demo.yaml")
 NEW = 8
 LENGTHS = (23, 5, 12, 17, 9)
 WISHES: dict[str, dict[str, Any]] = {
@@ -266,6 +270,16 @@ def test_the_context_is_found_wherever_the_config_names_it(family: str, tmp_path
     changes, expected = CONTEXTS[family]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **changes}))
     assert context_length(tmp_path) == expected
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mpt", "rwkv", "gpt2"])
+def test_rows_longer_than_such_a_context_are_refused(family: str, tmp_path: Path) -> None:
+    changes, longest = CONTEXTS[family]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **changes}))
+    recipe = load_recipe([DEMO], [f"data.max_tokens={longest}"])
+    check_context(recipe, tmp_path)
+    with pytest.raises(ConfigError, match=rf"context={longest}.*Set data.max_tokens={longest}"):
+        check_context(load_recipe([DEMO], [f"data.max_tokens={longest + 1}"]), tmp_path)
 
 
 def test_without_a_config_there_is_no_context(tmp_path: Path) -> None:
