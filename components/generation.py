@@ -34,7 +34,7 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def find_batching(model: Any, prompt: Sequence[int] = range(16), room: int = _TRIED) -> Batching:
-    """The batching that leaves the model's answers as they are: tried on `prompt`, with at most `room` tokens after it.
+    """Return the batching that leaves the model's answers as they are, tried on `prompt` and at most `room` tokens more.
 
     Padding on the left must be invisible. It is not to models that ignore the mask, as recurrent ones do, or that
     count positions from the first column.
@@ -81,7 +81,7 @@ def generate_answers(
     samples: int = 0,
     temperature: float = 1.0,
 ) -> list[list[str]]:
-    """For each prompt its greedy answer, or `samples` drawn ones, of at most its limit in tokens.
+    """For each prompt its greedy answer, or `samples` drawn ones, of at most its limit in tokens; empty at 0 or less.
 
     `model` is one whose generation is ours (`own_generation`). The draws depend on the prompts alone.
     """
@@ -98,7 +98,8 @@ def generate_answers(
     groups: dict[Any, list[int]] = {}
     for i, (prompt, limit) in enumerate(asked):
         key = {"padded": (limit,), "equal lengths": (limit, len(prompt)), "one by one": (i,)}[batching]
-        groups.setdefault(key, []).append(i)
+        if limit > 0:
+            groups.setdefault(key, []).append(i)
     texts = [""] * len(asked)
     for group in groups.values():
         together = [asked[i][0] for i in group]

@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from components.errors import ConfigError
 from components.evaluation.scoring import Asked, Scorer
-from components.generation import answer_text, find_batching, own_generation
+from components.generation import answer_text, find_batching, generate_answers, own_generation
 from components.load_config import load_recipe
 from components.models import context_length, load_model, load_tokenizer
 from pipelines.finetune import check_context
@@ -241,11 +241,14 @@ def test_a_prompt_near_the_end_of_the_context_shortens_no_other_answer(family: s
     folder = tiny_folder(family, base, tmp_path / "model")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     long = [(7 * i) % 390 + 2 for i in range(125)]
-    answers = asked(folder, [long, *prompts()])[0]
-    lengths = [3] + [NEW] * len(LENGTHS)
     questions = [long, *prompts()]
+    answers = asked(folder, questions)[0]
+    lengths = [3] + [NEW] * len(LENGTHS)
     expected = [by_hand(model, prompt, length) for prompt, length in zip(questions, lengths, strict=True)]
     assert answers == [answer_text(tokenizer, ids, [1]) for ids in expected]
+    ends = own_generation(model, tokenizer)
+    full = generate_answers(model, tokenizer, [[*long, 7, 8, 9], *prompts()], [0, *lengths[1:]], "padded", ends)
+    assert full == [[""], *([answer] for answer in answers[1:])]
 
 
 CONTEXTS = {

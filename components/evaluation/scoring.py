@@ -198,7 +198,7 @@ class Scorer:
         limits = [new_tokens if self.room is None else min(new_tokens, self.room - len(p)) for p in prompts]
         if self.batching is None and len(prompts) * max(1, samples) > 1:
             longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-            self.batching = find_batching(self.model, prompts[longest], limits[longest])
+            self.batching = find_batching(self.model, prompts[longest], max(1, limits[longest]))
         return generate_answers(
             self.model,
             self.tokenizer,

@@ -57,7 +57,7 @@ def add_adapters(model: Any, lora: Lora, seed: int) -> None:
         torch.manual_seed(seed)  # the same on all ranks
         try:
             peft.inject_adapter_in_model(_adapter_config(lora, model), model)
-            model.base_model(input_ids=torch.tensor([[0, 1, 2, 3]]), use_cache=False)
+            model.base_model(input_ids=torch.tensor([[0, 1, 2, 3]], device=model.device), use_cache=False)
         except (ValueError, AttributeError, TypeError, RuntimeError) as error:
             raise ConfigError(
                 f"Adapters cannot be put into the model (train.lora.targets={lora.targets}, "
