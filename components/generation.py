@@ -34,9 +34,9 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def find_batching(model: Any, prompt: Sequence[int] = range(16), room: int = _TRIED) -> Batching:
-    """Return the batching that leaves the model's answers as they are, tried on `prompt` and at most `room` tokens more.
+    """Return the batching that leaves the model's answers as they are, found by trying.
 
-    Padding on the left must be invisible. It is not to models that ignore the mask, as recurrent ones do, or that
+    `prompt` is asked together with a part of it, for at most `room` tokens. Padding on the left must be invisible. It is not to models that ignore the mask, as recurrent ones do, or that
     count positions from the first column.
     """
     prompt = list(prompt)
