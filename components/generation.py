@@ -36,8 +36,8 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 def find_batching(model: Any, prompt: Sequence[int] = range(16), room: int = _TRIED) -> Batching:
     """Return the batching that leaves the model's answers as they are, found by trying.
 
-    `prompt` is asked together with a part of it, for at most `room` tokens. Padding on the left must be invisible. It is not to models that ignore the mask, as recurrent ones do, or that
-    count positions from the first column.
+    `prompt` is asked together with a part of it, for at most `room` tokens. Padding on the left must be invisible. It
+    is not to models that ignore the mask, as recurrent ones do, or that count positions from the first column.
     """
     prompt = list(prompt)
     if _same_together(model, [prompt, prompt[-max(1, len(prompt) // 4) :]], room):
