@@ -15,7 +15,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
         ModelError: when the model holds no list of as many modules as its config names layers.
     """
     count = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
+    for module in model.get_decoder().modules():  # of the text: a vision tower may have as many layers
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ModelError(

@@ -135,11 +135,16 @@ def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> TokenizerFacts:
 
 
 def context_length(folder: Path) -> int | None:
-    """Longest input that the model's config allows, in tokens; None when it names no limit."""
+    """Longest input that the model's config allows, in tokens; None when it names no limit.
+
+    Most names are aliases of max_position_embeddings in transformers' config classes. Recurrent models (Mamba) and
+    BLOOM, whose ALiBi is made for any length, name none: BLOOM's `seq_length` is what it was trained on.
+    """
     if not (folder / "config.json").exists():
         return None
-    config = json.loads((folder / "config.json").read_text())
-    return config.get("max_position_embeddings") or config.get("n_positions")
+    config = _text_config(folder)
+    named = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # MPT has the second
+    return next((length for length in named if isinstance(length, int) and length > 0), None)
 
 
 def hidden_size(folder: Path, last: bool) -> int:
@@ -338,10 +343,3 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")  # Ray Data, of a small set
-
-
-def answer_text(tokenizer: Any, ids: list[int]) -> str:
-    """Generated ids up to EOS as text."""
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -61,8 +61,13 @@ def run(command: Command) -> None:
                 rows[f"{len(told)} examples"] = [_score(recipe, m, asked, told) for m in models.values()]
             except DataError as error:
                 say(f"  examples   not tried: {error}")
+        labels: dict[str, str] = {}
         for bits in recipe.attacks.bits:
-            rows[f"{bits}-bit weights"] = [_changed(recipe, m, questions, _quantised(bits)) for m in models.values()]
+            name = f"{bits}-bit weights"
+            shares: list[float] = []
+            change = functools.partial(_quantise, bits, shares)
+            rows[name] = [_changed(recipe, model, questions, change) for model in models.values()]
+            labels[name] = f"{name}, {min(shares):.0%} of the blocks"
         relearn = recipe.attacks.relearn
         for steps in relearn.steps if relearn else []:
             assert relearn is not None
@@ -71,7 +76,10 @@ def run(command: Command) -> None:
             rows[name] = [_changed(recipe, model, questions, change) for model in models.values()]
     for metric in _SHOWN:
         say(f"\nforget {metric}, lower is better")
-        cells = [[name, *(number(f.values[f"forget_{metric}"]) for f in found)] for name, found in rows.items()]
+        cells = [
+            [labels.get(name, name), *(number(f.values[f"forget_{metric}"]) for f in found)]
+            for name, found in rows.items()
+        ]
         say(table(["attack", *models], cells))
     own = own_run(command)
     if own and not command.words:
@@ -150,8 +158,9 @@ def _changed(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _quantised(bits: int) -> Callable[[Model, Path], None]:
-    return lambda model, folder: quantise(model.folder, bits, folder)
+def _quantise(bits: int, shares: list[float], model: Model, folder: Path) -> None:
+    """Round the model, and add to `shares` how much of its blocks that reached."""
+    shares.append(quantise(model.folder, bits, folder))
 
 
 def _relearn(recipe: Recipe, relearn: Relearn, steps: int, model: Model, folder: Path) -> None:

@@ -2,6 +2,7 @@ import json
 import math
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from scipy.stats import hmean
 from transformers import MistralConfig, MistralForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from components.config import Data, Evaluation, Train
 from components.data.prepare import Prepared, prepare
@@ -211,6 +213,26 @@ def test_rows_beyond_a_models_window_are_not_shared() -> None:
     model = MistralForCausalLM(config).eval()
     assert may_share(model, side_by_side([5, 6], [[7, 8, 9], [4, 5, 6]]))
     assert not may_share(model, side_by_side([5, 6, 7], [[7, 8, 9], [4, 5, 6]]))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "window"),
+    [
+        ("qwen2_moe", {"sliding_window": 6, "use_sliding_window": False}, None),
+        ("qwen2", {"sliding_window": 6, "use_sliding_window": False}, None),
+        ("mistral", {"sliding_window": 0}, None),
+        ("mistral", {"sliding_window": None}, None),
+        ("phi3", {"sliding_window": -1}, None),
+        ("mistral", {"sliding_window": 6}, 6),
+        ("gpt_neo", {"window_size": 6}, 6),
+        ("recurrent_gemma", {"attention_window_size": 6}, 6),
+        ("llama4_text", {"attention_chunk_size": 6}, 6),
+    ],
+)
+def test_a_window_is_one_only_where_it_is_positive(family: str, changes: dict[str, Any], window: int | None) -> None:
+    model = SimpleNamespace(config=CONFIG_MAPPING[family](**changes))
+    assert may_share(model, side_by_side([5, 6], [[7, 8, 9], [4, 5, 6]]))
+    assert may_share(model, side_by_side([5] * 300, [[7, 8, 9], [4, 5, 6]])) == (window is None)
 
 
 def test_a_model_that_cannot_share_is_asked_answer_by_answer(

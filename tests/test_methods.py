@@ -12,14 +12,17 @@ from transformers import AutoModelForCausalLM
 
 from components.config import Adafactor, AdamW, Custom, Lora, Objective, Optimizer, Sgd, Soul, Train, Wagle
 from components.errors import ConfigError, ModelError
+from components.layers import decoder_layers
+from components.matrices import block_matrices
 from components.models import load_model
 from components.objectives.terms import find_term
 from components.training.engine import AnswerModel, backward, optimizer_step, start_engine
 from components.training.job import Job
 from components.training.loop import make_batcher
 from components.training.reference import Reference
-from components.training.trainable import answer_model, negated
+from components.training.trainable import add_adapters, answer_model, negated
 from tests.conftest import write_rows
+from tests.families import tiny, tiny_folder
 from tests.training import TRAIN, answer_logits, distance, lines, plain_gradient, plain_loop, run
 
 SHORT = TRAIN.model_copy(update={"steps": 4})
@@ -44,6 +47,26 @@ def start_of(job: Job) -> dict[str, torch.Tensor]:
 
 
 # --- activations ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "rwkv", "mpt", "mamba", "gpt_oss", "dbrx"])
+def test_decoder_layers_are_those_that_a_text_goes_through(family: str) -> None:
+    model = tiny(family)
+    layers, seen = decoder_layers(model), []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, *rest: seen.append(module))
+    model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert seen == [*layers]
+    assert len(layers) == 2
+
+
+def test_a_vision_towers_layers_are_no_decoder_layers() -> None:
+    """Of Gemma 3 with as many layers in its vision tower as in its text model."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 400, "num_key_value_heads": 1, "head_dim": 16}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
+    model = tiny("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    assert decoder_layers(model) is model.model.language_model.layers
 
 
 def test_rmu_ends_at_its_layer_and_leaves_all_above_alone(make_job: Any, tmp_path: Path) -> None:
@@ -175,6 +198,43 @@ def test_adapters_are_merged_into_the_weights(make_job: Any, tmp_path: Path, sta
     if stage == 3:
         job0 = make_job("lora0", train(zero_stage=0, lora=lora), objective=GRAD_DIFF, random=None, optimizer=soul)
         assert distance(run(job0, tmp_path), moved) < 1e-5
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "gpt_oss", "phimoe", "hunyuan_v1_moe", "jetmoe"])
+def test_adapters_reach_every_matrix_of_the_blocks(
+    make_job: Any, base: Path, tmp_path: Path, family: str, stage: int
+) -> None:
+    """Whatever modules hold them; nothing else moves, and the adapter by itself gives the merged model."""
+    from peft import PeftModel
+
+    folder = tiny_folder(family, base, tmp_path / "model")
+    lora = Lora(rank=2, alpha=4, export_adapter=True)
+    settings = {"objective": GRAD_DIFF, "random": None, "optimizer": AdamW(type="adamw", lr=1e-2), "model": str(folder)}
+    job = make_job("lora", train(zero_stage=stage, lora=lora, steps=2), **settings)
+    run(job, tmp_path)
+    start, moved = (dict(load_model(place).named_parameters()) for place in (folder, Path(job.output)))
+    changed = {name for name in start if not torch.equal(moved[name], start[name])}
+    assert changed == {*block_matrices(load_model(folder))}
+    adapted = PeftModel.from_pretrained(load_model(folder), Path(f"{job.output}-adapter"))
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        whole = load_model(Path(job.output))(input_ids=ids).logits
+        torch.testing.assert_close(adapted(input_ids=ids).logits, whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "named"),
+    [
+        ("dbrx", "all-linear", "Wqkv, layer, out_proj"),  # its experts are read by another module
+        ("phimoe", ["router"], "k_proj"),  # gives more than a tensor
+        ("mamba", "all-linear", "in_proj"),
+        ("llama", ["nope"], "down_proj"),
+    ],
+)
+def test_a_model_that_does_not_run_with_adapters_is_refused(family: str, targets: Any, named: str) -> None:
+    with pytest.raises(ConfigError, match=rf"Adapters cannot be put .* Set train.lora.targets to some of .*{named}"):
+        add_adapters(tiny(family), Lora(targets=targets), 0)
 
 
 def test_only_named_parameters_are_trained(make_job: Any, tmp_path: Path) -> None:

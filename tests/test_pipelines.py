@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -253,16 +254,17 @@ def test_finetune_and_evaluate_commands(run_folder: Path, recipe: Path, cluster_
 
 
 def test_attacks_on_the_runs_own_model(run_folder: Path, recipe: Path, cluster_address: str) -> None:
-    """Relearning all forget rows brings them back; the prompts are tried on every model."""
+    """Relearning all forget rows brings them back; prompts are tried on every model, rounding reaches all blocks."""
     relearn = "attacks.relearn={share: 1.0, steps: [30], optimizer: {type: adamw, lr: 0.003}}"
     prompts = "attacks.prefixes={push: 'Say: '}"
-    more = ["train.workers=0", "attacks.bits=[]", "attacks.shots=1", "attacks.paraphrased=paraphrased_question"]
+    more = ["train.workers=0", "attacks.bits=[4]", "attacks.shots=1", "attacks.paraphrased=paraphrased_question"]
     done = command("attack", str(recipe), *more, prompts, relearn, RAY_ADDRESS=cluster_address)
     assert done.returncode == 0, done.stderr
     first = done.stdout.split("\nforget ")[1].splitlines()
     assert first[1].split() == ["attack", "original", "retain-only", f"…{run_folder.name[-23:]}"]
-    rows = {line[:25].strip(): [float(cell) for cell in line[25:].split()] for line in first[3:]}
-    assert list(rows) == ["none", "prompt: push", "paraphrased", "1 examples", "relearn 100%, 30 steps"]
+    rows = {name: [float(cell) for cell in cells] for name, *cells in (re.split("  +", line) for line in first[3:])}
+    rounded = "4-bit weights, 100% of the blocks"
+    assert list(rows) == ["none", "prompt: push", "paraphrased", "1 examples", rounded, "relearn 100%, 30 steps"]
     stored = unlearned_metrics(run_folder)
     assert rows["none"][2] == pytest.approx(stored["forget_probability"], rel=0.01)
     assert rows["relearn 100%, 30 steps"][2] > rows["none"][2] + 0.1

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from components.config import Recipe
 from components.errors import TrackingError
 from components.evidence import Evaluated, Evidence, write_evidence
 from components.files import only_one, sha256
+from components.generation import answer_text
 from components.load_config import load_recipe
 from components.models import fingerprint, load_model, load_tokenizer
 from components.tracking import registry
@@ -27,6 +29,7 @@ from components.tracking.ledger import find_ledger
 from components.tracking.promotion import fetch_registered
 from pipelines import promote
 from pipelines.purge import purge_traces
+from tests.families import by_hand, tiny_folder
 from tests.mlflow_server import Server, postgresql, running
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -359,6 +362,26 @@ def test_a_champion_is_served_as_a_pyfunc(world: World, capsys: pytest.CaptureFi
         ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         expected = own.generate(**ids, max_new_tokens=5, do_sample=False)[0, ids["input_ids"].shape[1] :]
         assert answer == tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert list(
+        world.folder.rglob("code/components/generation.py")
+    )  # brought along, where this project is not installed
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "rwkv", "minimax"])
+def test_what_is_served_are_the_likeliest_answers(family: str, base: Path, tmp_path: Path) -> None:
+    """Whatever generation_config wishes, and in whatever batch."""
+    from components.tracking.serving import Answers
+
+    folder = tiny_folder(family, base, tmp_path / "model")
+    wishes = {"eos_token_id": [1, 7], "repetition_penalty": 3.0, "min_new_tokens": 6, "suppress_tokens": [*range(99)]}
+    (folder / "generation_config.json").write_text(json.dumps(wishes))
+    context = SimpleNamespace(artifacts={"model": str(folder)}, model_config={"max_new_tokens": 6})
+    served = Answers()
+    served.load_context(context)
+    prompts = ["Who?", "Where was she born?", "What did the people of the town say of it, and why did they?"]
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    expected = [answer_text(tokenizer, by_hand(model, tokenizer(prompt).input_ids, 6), [1, 7]) for prompt in prompts]
+    assert served.predict(context, prompts) == expected
 
 
 def killed_in(world: World, what: str) -> int:

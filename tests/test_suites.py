@@ -14,11 +14,12 @@ from components.data.mapping import Unusable, examples
 from components.errors import ConfigError, DataError, ModelError
 from components.evaluation.attacks import shots_prefix
 from components.evaluation.general import general_ability
-from components.evaluation.judge import judged
+from components.evaluation.judge import Judge, judged
 from components.load_config import load_recipe
 from components.models import load_model, load_tokenizer
 from pipelines import unlearn
 from pipelines.cli import parse_arguments
+from tests.families import by_hand, tiny, tiny_folder
 
 ROOT = Path(__file__).parents[1]
 SUITES = sorted((ROOT / "pipelines" / "suites").glob("*.yaml"))
@@ -133,6 +134,34 @@ def test_a_judge_that_is_a_model(base: Path, tmp_path: Path) -> None:
         judged(SAID, judge.model_copy(update={"label": "bad"}), Train(workers=0), tmp_path)
 
 
+def judge_folder(family: str, base: Path, folder: Path, side: str) -> Path:
+    """A classifier whose own probabilities differ, with a tokenizer that pads on `side`."""
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    config = tiny(family).config
+    config.num_labels = 3
+    model = AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+    tokenizer = load_tokenizer(base)
+    tokenizer.padding_side = side
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "gpt_neo"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_judge_says_of_a_text_what_it_says_of_it_alone(family: str, side: str, base: Path, tmp_path: Path) -> None:
+    judge = Judge(str(judge_folder(family, base, tmp_path / "judge", side)), "LABEL_1")
+    together = judge(SAID)["probability"].to_pylist()
+    alone = [judge(SAID.slice(i, 1))["probability"][0].as_py() for i in range(SAID.num_rows)]
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert len({round(p, 3) for p in alone}) == SAID.num_rows
+
+
 def test_a_harness_that_is_not_there(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ConfigError, match=r"pip install 'ray-unlearn\[lm-eval\]'"):
@@ -168,3 +197,37 @@ def test_the_harness_on_a_task_of_ones_own(base: Path, tmp_path: Path) -> None:
     (tmp_path / "own_task.yaml").unlink()
     with pytest.raises(DataError, match="Task of lm-eval cannot be had"):
         general_ability(base, "other", config, tmp_path / "storage")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "rwkv"])
+def test_the_harness_generates_as_we_do(family: str, base: Path, tmp_path: Path) -> None:
+    """Answers by the model's likeliest tokens, whatever its checkpoint wishes, in a batch as alone."""
+    pytest.importorskip("lm_eval")
+    folder = tiny_folder(family, base, tmp_path / "model")
+    wishes = {"eos_token_id": 1, "repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "suppress_tokens": [*range(99)]}
+    (folder / "generation_config.json").write_text(json.dumps(wishes))
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    questions = ["Who?", "What does Ann do for a living?", "Where was Ben born, and when did he leave it?"]
+    rows = []
+    for question in questions:
+        ids = tokenizer(question, add_special_tokens=False).input_ids
+        own = by_hand(model, ids, 6)
+        own = own[: own.index(1)] if 1 in own else own
+        rows.append({"q": question, "a": tokenizer.decode(own, skip_special_tokens=True)})
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "own_answers",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "own.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "generation_kwargs": {"until": [], "max_gen_toks": 6, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "own_answers.yaml").write_text(yaml.safe_dump(task))
+    config = LmEval(tasks=["own_answers"], include_path=str(tmp_path), batch_size=3)
+    found = general_ability(folder, "hash", config, tmp_path / "storage")
+    assert found["lm_eval_own_answers_exact_match"] == 1

@@ -163,7 +163,8 @@ class Lora(Section):
     rank: int = Field(8, ge=1)
     alpha: int = Field(16, gt=0)
     targets: str | list[str] = "all-linear"
-    """Names of the layers that get one, such as [q_proj, v_proj], or all-linear."""
+    """Names of the layers that get one, such as [q_proj, v_proj], or all-linear: every matrix of the blocks, experts
+    and routers included."""
     export_adapter: bool = False
     """Write the adapter by itself too, into the folder `model-adapter` beside the model."""
 

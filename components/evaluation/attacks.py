@@ -7,41 +7,47 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from components.config import Data, Source, Text
 from components.data.prompts import DEFAULT_TEMPLATE
 from components.data.streams import draw
 from components.files import whole_folder
+from components.matrices import block_matrices, share_of_blocks
 from components.models import load_model, load_tokenizer, save_model
 
 GROUP = 64  # weights that share a scale at less than 8 bits
 
 
-def quantise(model: Path, bits: int, into: Path) -> None:
-    """Write the model with the weights of its linear layers rounded; embeddings and output layer stay.
+def quantise(model: Path, bits: int, into: Path) -> float:
+    """Write the model with the matrices of its blocks rounded, in fp32; embeddings and output layer stay.
 
-    To the nearest of 2^bits − 1 levels, symmetric around 0, with a scale for each row (8 bits and more) or for each
-    group of 64 weights in a row: as common quantised formats do, written back in the model's own type.
+    To the nearest of 2^bits − 1 levels, symmetric around 0, with a scale for each row of inputs (8 bits and more) or
+    for each group of 64 of them: as common quantised formats do.
+
+    Returns:
+        The share of the blocks' weights that were rounded, of those in parameters of two and more dimensions.
     """
     loaded = load_model(model)
-    kept = loaded.get_output_embeddings()
+    found = block_matrices(loaded)
+    weights = dict(loaded.named_parameters())
     with torch.no_grad():
-        for module in loaded.modules():
-            if isinstance(module, nn.Linear) and module is not kept:
-                module.weight.copy_(rounded(module.weight, bits))
+        for name, inputs in found.items():
+            weights[name].copy_(rounded(weights[name], bits, inputs))
     with whole_folder(into) as partial:
         save_model(loaded, load_tokenizer(model), partial)
+    return share_of_blocks(loaded, found)
 
 
-def rounded(weights: Tensor, bits: int, group: int = GROUP) -> Tensor:
-    """[rows, columns] rounded to 2^bits − 1 levels."""
-    rows, columns = weights.shape
+def rounded(weights: Tensor, bits: int, inputs: int = -1, group: int = GROUP) -> Tensor:
+    """`weights` rounded to 2^bits − 1 levels, in rows along the dimension `inputs`."""
+    rows = weights.movedim(inputs, -1)
+    columns = rows.shape[-1]
     width = columns if bits >= 8 or columns % group else group
-    parts = weights.reshape(rows, columns // width, width)
+    parts = rows.unflatten(-1, (columns // width, width))
     levels = 2 ** (bits - 1) - 1
     scale = parts.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny) / levels
-    return ((parts / scale).round().clamp(-levels, levels) * scale).reshape(rows, columns)
+    return ((parts / scale).round().clamp(-levels, levels) * scale).flatten(-2).movedim(-1, inputs)
 
 
 def part_left_out(count: int, share: float, seed: int) -> np.ndarray:

@@ -11,7 +11,10 @@ from components.config import LmEval, digest
 from components.console import silent_stderr
 from components.errors import ConfigError, DataError
 from components.files import sha256, write_whole
-from components.models import inference_device, without_warnings
+from components.generation import find_batching, own_generation
+from components.models import context_length, inference_device, without_warnings
+
+_FORMAT = 2  # raise when the same files give other numbers
 
 
 def general_ability(folder: Path, model_hash: str, config: LmEval, storage: Path) -> dict[str, float]:
@@ -22,7 +25,7 @@ def general_ability(folder: Path, model_hash: str, config: LmEval, storage: Path
         DataError: when a task cannot be had.
     """
     own = sorted(Path(config.include_path).rglob("*.yaml")) if config.include_path else []
-    made_from = [model_hash, config.model_dump(mode="json"), [sha256(file) for file in own], _version()]
+    made_from = [_FORMAT, model_hash, config.model_dump(mode="json"), [sha256(file) for file in own], _version()]
     kept = storage / "evaluations" / f"lm-eval-{digest(made_from)}.json"
     if not kept.exists():
         found = _run(folder, config)
@@ -42,6 +45,7 @@ def _run(folder: Path, config: LmEval) -> dict[str, float]:
     try:
         with without_warnings():
             import lm_eval
+            from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(
@@ -51,11 +55,24 @@ def _run(folder: Path, config: LmEval) -> dict[str, float]:
     try:
         manager = TaskManager(include_path=config.include_path)
         with without_warnings(), silent_stderr():  # a bar for each of its phases
+            harness = HFLM(
+                str(folder),
+                trust_remote_code=False,
+                batch_size=config.batch_size,
+                device=str(inference_device()),
+                max_length=context_length(folder),
+            )
+            own_generation(harness.model, harness.tokenizer)
+            if find_batching(harness.model) != "padded":
+                harness.batch_size_per_gpu = 1
             outcome: Any = lm_eval.simple_evaluate(
-                model="hf", model_args={"pretrained": str(folder), "trust_remote_code": False},
-                tasks=list(config.tasks), num_fewshot=config.shots, limit=config.limit, batch_size=config.batch_size,
-                log_samples=False, device=str(inference_device()), task_manager=manager,
-            )  # fmt: skip
+                model=harness,
+                tasks=list(config.tasks),
+                num_fewshot=config.shots,
+                limit=config.limit,
+                log_samples=False,
+                task_manager=manager,
+            )
     except (OSError, ValueError, KeyError) as error:  # data sets are fetched by the harness
         raise DataError(
             f"Task of lm-eval cannot be had (tasks={list(config.tasks)}): {type(error).__name__} {str(error)[:300]}. "

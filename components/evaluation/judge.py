@@ -48,6 +48,7 @@ class Judge:
         self.device = inference_device()
         self.model, self.tokenizer = load_classifier(Path(folder))
         self.model.to(self.device)
+        self.tokenizer.padding_side = "right"  # on the left it moves the positions of those that count from the edge
         labels: dict[int, str] = self.model.config.id2label
         if label not in labels.values():
             raise ModelError(

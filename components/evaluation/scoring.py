@@ -23,7 +23,8 @@ from components.evaluation.shared_prompt import (
     worth_sharing,
 )
 from components.files import whole_folder
-from components.models import answer_text, context_length, inference_device, load_model, load_tokenizer
+from components.generation import Batching, find_batching, generate_answers, own_generation
+from components.models import context_length, inference_device, load_model, load_tokenizer
 
 
 def score(
@@ -66,7 +67,7 @@ def score(
     return pq.read_table(file)
 
 
-_FORMAT = 3
+_FORMAT = 4
 _LOGITS = 1 << 25  # in memory at a time
 
 
@@ -96,11 +97,13 @@ class Scorer:
     """Batch inference on prompts with their candidate answers."""
 
     def __init__(self, model: str, dtype: str, asked: Asked):
-        self.folder = Path(model)
         self.device = inference_device()
         self.model = load_model(Path(model), dtype).to(self.device)
         self.shares_prompts: bool | None = None  # not known before the first row of several answers
+        self.batching: Batching | None = None  # nor this before the first batch of several answers
         self.tokenizer = load_tokenizer(Path(model))
+        self.ends = own_generation(self.model, self.tokenizer)
+        self.room = context_length(Path(model))
         self.asked = asked
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -161,7 +164,7 @@ class Scorer:
         of_row, of_place = torch.tensor(where, device=self.device).T
         states = hidden[of_row, of_place]
         tokens = torch.tensor([t for row in rows for answer in row.answers for t in answer], device=self.device)
-        at_once = max(1, _LOGITS // self.model.get_output_embeddings().out_features)
+        at_once = max(1, _LOGITS // self.model.get_output_embeddings().weight.shape[0])
         pieces = zip(states.split(at_once), tokens.split(at_once), strict=True)
         columns = [torch.cat(found).tolist() for found in zip(*(self._of_tokens(*p) for p in pieces), strict=True)]
         first = 0
@@ -191,28 +194,21 @@ class Scorer:
 
     def _generate(self, prompts: list[list[int]], samples: int = 0) -> list[list[str]]:
         """The greedy answer to each prompt, or so many drawn ones, up to EOS."""
-        import torch
-
-        eos = self.tokenizer.eos_token_id
-        width = max(map(len, prompts))
-        room = context_length(self.folder)
         new_tokens = self.asked.max_new_tokens
-        padded = torch.tensor([[eos] * (width - len(p)) + p for p in prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        how: dict[str, Any] = {"do_sample": False}
-        if samples:
-            torch.manual_seed(int(digest(prompts), 16))  # of the batch, which any number of workers makes alike
-            how = {
-                "do_sample": True, "num_return_sequences": samples, "temperature": self.asked.temperature, "top_k": 0,
-                "top_p": 1.0,
-            }  # fmt: skip
-        output = self.model.generate(
-            input_ids=padded, attention_mask=mask, pad_token_id=eos, **how,
-            max_new_tokens=new_tokens if room is None else min(new_tokens, room - width),
-        )  # fmt: skip
-        texts = [answer_text(self.tokenizer, ids) for ids in output[:, width:].tolist()]
-        each = max(1, samples)
-        return [texts[i : i + each] for i in range(0, len(texts), each)]
+        limits = [new_tokens if self.room is None else min(new_tokens, self.room - len(p)) for p in prompts]
+        if self.batching is None and len(prompts) * max(1, samples) > 1:
+            longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+            self.batching = find_batching(self.model, prompts[longest], max(1, limits[longest]))
+        return generate_answers(
+            self.model,
+            self.tokenizer,
+            prompts,
+            limits,
+            self.batching or "one by one",
+            self.ends,
+            samples,
+            self.asked.temperature,
+        )
 
 
 def _ids(rows: pa.Table) -> tuple[list[list[int]], list[list[list[int]]]]:

@@ -10,6 +10,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MASK = 1 << 25  # numbers in an attention mask at most
+_WINDOWS = (  # as transformers' configs name them
+    "sliding_window",
+    "sliding_window_size",
+    "attention_window_size",
+    "window_size",
+    "attention_chunk_size",
+    "local_attention",
+    "local_attention_window_len",
+)
 
 
 class Row(NamedTuple):
@@ -60,8 +69,9 @@ def hidden_states(model: Any, rows: Sequence[Row]) -> "Tensor":
 def may_share(model: Any, row: Row) -> bool:
     """Whether the row's mask is small enough and no token is out of sight of another, as in a sliding window."""
     config = model.config.get_text_config()
-    windows = [getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_chunk_size")]
-    return len(row.ids) <= min([int(MASK**0.5), *(window for window in windows if isinstance(window, int))])
+    windows = [getattr(config, name, None) for name in _WINDOWS]
+    given = [window for window in windows if isinstance(window, int) and window > 0]  # 0 means none
+    return len(row.ids) <= min([int(MASK**0.5), *given])
 
 
 def worth_sharing(row: Row, hidden_size: int) -> bool:

@@ -95,14 +95,16 @@ def add_pyfunc(ledger: Ledger, version: str, folder: Path, storage: Path, max_ne
     """
     import mlflow
 
-    from components.tracking import __file__ as here
+    import components
 
+    package = Path(next(iter(components.__path__)))
     name = f"{ledger.name}-serving"
     experiment = experiment_id(ledger.client, EXPERIMENT, storage)
     with addressed(ledger.client), long_requests():
         with mlflow.start_run(experiment_id=experiment, run_name=f"{name} of version {version}"):
             made = mlflow.pyfunc.log_model(
-                name=name, python_model=str(Path(here).with_name("serving.py")), artifacts={"model": str(folder)},
+                name=name, python_model=str(package / "tracking" / "serving.py"), artifacts={"model": str(folder)},
+                code_paths=[str(package)],  # which serving.py imports
                 pip_requirements=[f"{library}=={metadata.version(library)}" for library in _SERVES],
                 model_config={"max_new_tokens": max_new_tokens},
             )  # fmt: skip

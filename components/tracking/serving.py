@@ -5,6 +5,8 @@ from typing import Any
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
+from components.generation import find_batching, generate_answers, own_generation
+
 
 class Answers(PythonModel):
     """Greedy answers to prompts, written as the model was trained on them."""
@@ -14,21 +16,19 @@ class Answers(PythonModel):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder = context.artifacts["model"]
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.model = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
         ).eval()
+        self.ends = own_generation(self.model, self.tokenizer)
+        self.batching = find_batching(self.model)
 
     def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
-        """One answer a prompt; there are no `params`."""
-        inputs = self.tokenizer(model_input, return_tensors="pt", padding=True, return_token_type_ids=False)
-        ids = self.model.generate(
-            **inputs, max_new_tokens=context.model_config["max_new_tokens"], do_sample=False,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )  # fmt: skip
-        answers = self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [answer.strip() for answer in answers]
+        """One answer per prompt; there are no `params`."""
+        prompts = self.tokenizer(list(model_input), return_token_type_ids=False)["input_ids"]
+        limits = [context.model_config["max_new_tokens"]] * len(prompts)
+        answers = generate_answers(self.model, self.tokenizer, prompts, limits, self.batching, self.ends)
+        return [answer for [answer] in answers]
 
 
 set_model(Answers())

@@ -11,6 +11,7 @@ from components.config import Influence, Lora, Soul
 from components.errors import ConfigError
 from components.files import whole_folder
 from components.layers import check_layer, cut_after, parameters_above
+from components.matrices import block_matrices
 from components.models import load_model, load_tokenizer, save_model
 from components.training.engine import AnswerModel
 from components.training.job import Job
@@ -46,17 +47,22 @@ def add_adapters(model: Any, lora: Lora, seed: int) -> None:
     """Put low-rank adapters into `model` and freeze all else. They start as nothing: B is 0.
 
     Raises:
-        ConfigError: when no layer has a name among the targets.
+        ConfigError: when no layer has a name among the targets, or when the model does not run with the adapters.
     """
     import peft
 
-    with torch.random.fork_rng():
+    head = model.get_output_embeddings()
+    plain = {name.rpartition(".")[2] for name, m in model.named_modules() if _is_plain(m) and m is not head}
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)  # the same on all ranks
         try:
-            peft.inject_adapter_in_model(_adapter_config(lora), model)
-        except ValueError as error:
+            peft.inject_adapter_in_model(_adapter_config(lora, model), model)
+            model.base_model(input_ids=torch.tensor([[0, 1, 2, 3]], device=model.device), use_cache=False)
+        except (ValueError, AttributeError, TypeError, RuntimeError) as error:
             raise ConfigError(
-                f"Adapters cannot be put into the model (train.lora.targets={lora.targets}): {error}"
+                f"Adapters cannot be put into the model (train.lora.targets={lora.targets}, "
+                f"class={type(model).__name__}): {error}. Expected names of layers that adapters can be put into. "
+                f"Set train.lora.targets to some of {', '.join(sorted(plain))}."
             ) from error
 
 
@@ -106,12 +112,29 @@ def _freeze_others(model: nn.Module, patterns: str | list[str]) -> None:
             p.requires_grad_(False)
 
 
-def _adapter_config(lora: Lora) -> Any:
+def _adapter_config(lora: Lora, model: Any) -> Any:
+    """peft's settings. "all-linear" is every matrix of the blocks, which peft itself looks for by class.
+
+    It would leave out experts in one tensor, and routers, whose modules it cannot wrap. Where a model has any such, all
+    of its matrices are named as parameters: peft renames modules of mixtures by the names of older releases.
+    """
     import peft
 
-    return peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, task_type=peft.TaskType.CAUSAL_LM
-    )
+    targets: dict[str, Any] = {"target_modules": lora.targets}
+    if lora.targets == "all-linear":
+        names = list(block_matrices(model))
+        plain = all(_is_plain(model.get_submodule(name.rpartition(".")[0])) for name in names)
+        targets = {"target_modules": [name.rpartition(".")[0] for name in names]}
+        if not plain:
+            targets = {"target_modules": [], "target_parameters": names}
+    return peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, task_type=peft.TaskType.CAUSAL_LM, **targets)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether peft can put an adapter beside the module: it cannot where a subclass gives more than the product."""
+    from transformers.pytorch_utils import Conv1D
+
+    return type(module) in (nn.Linear, Conv1D)
 
 
 def _merged(job: Job, state: dict[str, Tensor]) -> Any:
@@ -119,7 +142,8 @@ def _merged(job: Job, state: dict[str, Tensor]) -> Any:
     import peft
 
     assert job.train.lora is not None
-    adapted = peft.get_peft_model(load_model(Path(job.model), job.train.dtype), _adapter_config(job.train.lora))
+    model = load_model(Path(job.model), job.train.dtype)
+    adapted = peft.get_peft_model(model, _adapter_config(job.train.lora, model))
     own = adapted.base_model.model.state_dict()
     adapters = {name: tensor.to(own[name].dtype) for name, tensor in state.items() if "lora_" in name}
     adapted.base_model.model.load_state_dict(adapters, strict=False)
