@@ -2,13 +2,13 @@
 
 import re
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 from components.config import FixedAnswers, PoolSource, Text
 from components.data import filters
-from components.data.requests import whose
+from components.data.requests import Undecided, whose
 from components.data.sources import Record, load_json, read_records, source_files
 
 Message = dict[str, str]
@@ -18,6 +18,9 @@ Prompt = str | list[Message]
 
 class Unusable(Exception):
     """The reason for which one row is set aside."""
+
+    requests: Sequence[str] = ()
+    """The deletion requests that may mean it, where that cannot be decided."""
 
 
 class Example(NamedTuple):
@@ -65,8 +68,10 @@ def requests_of(source: PoolSource) -> Callable[[dict[str, Any]], list[str]]:
     def asked(fields: dict[str, Any]) -> list[str]:
         try:
             return find(fields)
-        except ValueError as error:
-            raise Unusable(f"deletion requests cannot be decided: {error}") from None
+        except Undecided as error:
+            unusable = Unusable(f"deletion requests cannot be decided: {error}")
+            unusable.requests = error.requests
+            raise unusable from None
 
     return asked
 

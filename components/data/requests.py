@@ -5,14 +5,14 @@ import functools
 import hashlib
 import itertools
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from components.config.section import Section
 from components.data import contents, locations
-from components.data.filters import LIST, NULL, OBJECT, TRUTH, kind, read_number
+from components.data.filters import LIST, NULL, NUMBER, OBJECT, TRUTH, kind, read_number
 from components.data.sources import load_json
 from components.errors import DataError
 
@@ -89,93 +89,127 @@ def _read(file: str) -> tuple[str, list[bytes]]:
 
 
 def whose(path: str) -> Callable[[dict[str, Any]], list[str]]:
-    """The ids of all requests in the file that mean a record, none for others; a ValueError where that cannot be said.
+    """The ids of all requests in the file that mean a record, none for others; raises Undecided for some.
 
     One look at a record for each combination of columns that the requests name, however many requests there are.
     """
     return _whose(path, locations.state(locations.find(path)[0]))
 
 
+class Undecided(ValueError):
+    """A record may be the one that requests mean, but its values are of another type than theirs."""
+
+    def __init__(self, told: str, requests: list[str]):
+        super().__init__(told)
+        self.requests = requests
+
+
 @functools.lru_cache(maxsize=4)
 def _whose(path: str, state: str) -> Callable[[dict[str, Any]], list[str]]:
-    requests = read_requests(path).requests
+    requests = {request.request_id: request.where for request in read_requests(path).requests}
     asked = _asked(requests)
     wanted: dict[tuple[str, ...], dict[tuple[str | None, ...], list[str]]] = {}
-    for request in requests:
-        columns = tuple(sorted(request.where))
-        values = [[_key(value, asked[column]) for value in _several(request.where[column])] for column in columns]
-        for combination in set(itertools.product(*values)):
-            wanted.setdefault(columns, {}).setdefault(combination, []).append(request.request_id)
+    for name, where in requests.items():
+        columns = tuple(sorted(where))
+        keys = [{_key(value, asked[column]) for value in _several(where[column])} for column in columns]
+        for combination in itertools.product(*keys):
+            wanted.setdefault(columns, {}).setdefault(combination, []).append(name)
 
     def find(fields: dict[str, Any]) -> list[str]:
-        keys = {column: _found(column, fields[column], asked[column]) for column in asked if column in fields}
-        return [
+        keys = {column: _key(fields[column], asked[column]) for column in asked if column in fields}
+        found = [
             name
             for columns, meant in wanted.items()
             if all(column in keys for column in columns)
             for name in meant.get(tuple(keys[column] for column in columns), ())
         ]
+        doubts = {column: ids for column in keys if (ids := _doubted(fields[column], keys[column], asked[column]))}
+        for column, ids in doubts.items():
+            maybe = [name for name in ids if name not in found and _may_mean(name, requests[name], keys, doubts, asked)]
+            if maybe:
+                of = " and ".join(sorted({kind(value) for name in maybe for value in _several(requests[name][column])}))
+                raise Undecided(
+                    f"column {column!r} is {kind(fields[column])} where they name {of}; name values as the data holds "
+                    "them",
+                    maybe,
+                )
+        return found
 
     return find
 
 
 class _Asked(NamedTuple):
-    """What all requests name for one column."""
+    """Which requests name what for one column."""
 
-    values: set[str]
-    kinds: set[str]
-    numbers: set[tuple[str, int | float]]
-    """What is a number, and what reads as one, each with what it is."""
+    values: dict[str, list[str]]
+    """By what is looked up."""
+    numbers: dict[int | float, list[tuple[str, str]]]
+    """By number: what it stands as (text, a number), and the request."""
+    truths: list[str]
+    """Requests that name a truth value."""
 
 
-def _asked(requests: list[Request]) -> dict[str, _Asked]:
+def _asked(requests: dict[str, dict[str, Any]]) -> dict[str, _Asked]:
     found: dict[str, _Asked] = {}
-    for request in requests:
-        for column, value in request.where.items():
-            about = found.setdefault(column, _Asked(set(), set(), set()))
-            for one in _several(value):
-                about.kinds.add(kind(one))
-                about.numbers.update((kind(one), read) for read in _as_number(one))
-                about.values.add(_plain(one))
-    return {c: about._replace(values={_key(value, about) for value in about.values}) for c, about in found.items()}
+    every = [
+        (name, column, one) for name, where in requests.items() for column in where for one in _several(where[column])
+    ]
+    for name, column, value in every:
+        about = found.setdefault(column, _Asked({}, {}, []))
+        if kind(value) == TRUTH:
+            about.truths.append(name)
+        for number in _as_number(value):
+            about.numbers.setdefault(number, []).append((kind(value), name))
+    for name, column, value in every:
+        found[column].values.setdefault(str(_key(value, found[column])), []).append(name)
+    return found
 
 
 def _several(value: Scalar | list[Scalar]) -> list[Scalar]:
     return value if isinstance(value, list) else [value]
 
 
-def _key(value: Any, asked: _Asked) -> str:
-    """By what a value is looked up; where requests name a truth value, `True` and `TRUE` in a text are one, too."""
-    plain = _plain(value)
-    return plain.casefold() if TRUTH in asked.kinds and plain.casefold() in _TRUTHS else plain
-
-
-def _found(column: str, value: Any, asked: _Asked) -> str | None:
-    """By what a record's value is looked up among those that requests name; None for null.
-
-    Raises:
-        ValueError: where it may be one of them, stored as another type.
-    """
-    found = kind(value)
-    if found == NULL:
+def _key(value: Any, asked: _Asked) -> str | None:
+    """By what a value is looked up, None for null; where a truth value is named, TRUE in a text is one, too."""
+    if kind(value) in (NULL, LIST, OBJECT):
         return None
-    key = _key(value, asked)
-    if found not in (LIST, OBJECT) and (not key or key in asked.values):
-        return key
-    unlike = {other for other, read in asked.numbers if other != found and read in _as_number(value)}
-    if TRUTH in asked.kinds and found != TRUTH and key not in _TRUTHS:
-        unlike.add(TRUTH)
+    plain = _plain(value)
+    return plain.casefold() if asked.truths and plain.casefold() in _TRUTHS else plain
+
+
+def _doubted(value: Any, key: str | None, asked: _Asked) -> set[str]:
+    """The requests that may mean a value which is stored as something else than they name."""
+    found = kind(value)
     if found in (LIST, OBJECT):
-        unlike = asked.kinds
-    if unlike:
-        named = " and ".join(sorted(unlike))
-        raise ValueError(f"column {column!r} is {found} where they name {named}; name values as the data holds them")
-    return key
+        return {name for inner in _scalars(value) for name in asked.values.get(str(_key(inner, asked)), ())}
+    names = {name for number in _as_number(value) for other, name in asked.numbers.get(number, ()) if other != found}
+    if found not in (NULL, TRUTH) and key not in ("", *_TRUTHS):
+        names.update(asked.truths)
+    return names - set(asked.values.get(key or "", ()))
+
+
+def _may_mean(
+    name: str, where: dict[str, Any], keys: dict[str, str | None], doubts: dict[str, set[str]], asked: dict[str, _Asked]
+) -> bool:
+    """Whether each of a request's columns has its value, or may have it."""
+    return all(
+        column in keys and (name in doubts.get(column, ()) or name in asked[column].values.get(keys[column] or "", ()))
+        for column in where
+    )
+
+
+def _scalars(value: Any) -> Iterator[Any]:
+    """What stands in a list or an object, however deep."""
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, list | dict):
+            yield from _scalars(inner)
+        else:
+            yield inner
 
 
 def _as_number(value: Any) -> list[int | float]:
     """The number that a value is or reads as, if it is one."""
-    read = read_number(value) if isinstance(value, str) else value if isinstance(value, int | float) else None
+    read = read_number(value) if isinstance(value, str) else value if kind(value) in (NUMBER, TRUTH) else None
     return [] if read is None else [read]
 
 

@@ -506,14 +506,13 @@ def _read_hugging_face(source: HuggingFace, path: str) -> Iterator[Record]:
         if Path(path).is_dir():
             loaded = datasets.load_from_disk(path)
             rows = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
-            _check_names(rows.data.schema, path)
         else:
             rows = datasets.load_dataset(
                 path, source.subset, data_dir=source.data_dir, split=source.split, revision=source.revision,
                 streaming=True,
             )  # fmt: skip
         yield from _numbered(rows)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         kind = f"{type(error).__name__}: {str(error)[:200]}"
         raise DataError(_UNREACHABLE.format(path=f"{source.path}, split={source.split}", error=kind)) from error
 
