@@ -157,7 +157,7 @@ def test_what_may_be_meant_but_is_of_another_type_is_refused(tmp_path: Path, nam
     path = write(tmp_path / "r.jsonl", request("R-1", column=named, other="x"), request("R-2", third="y"))
     find = whose(path)
     for record in ({"column": value, "other": "x"}, {"column": value, "other": "x", "third": "y"}):
-        with pytest.raises(ValueError, match=f"column 'column' is {kind} where they name") as error:
+        with pytest.raises(ValueError, match=f"column 'column' is {kind} where requests name") as error:
             find(record)
         assert error.value.requests == ["R-1"]
     assert find({"Column": value, "third": "y", "other": "x"}) == ["R-2"]
@@ -232,8 +232,8 @@ def test_a_record_that_may_be_meant_is_set_aside_for_its_request(ray_cluster: No
         assert PreparedRows(prepared.folder).table()["line"].to_pylist() == lines
         assert summary_of(prepared)["requests_set_aside"] == {"R-1": 1}
         assert list(summary_of(prepared)["reasons"]) == [
-            "deletion requests cannot be decided: column 'adult' is text where they name a truth value; name values as "
-            "the data holds them"
+            "deletion requests cannot be decided: column 'adult' is text where requests name a truth value; write their "
+            "values as the data stores them"
         ]
 
 

@@ -1,4 +1,4 @@
-"""A data file's bytes as UTF-8 text: decompressed, decoded, and refused by what it is where it holds no text."""
+"""Open a data file as UTF-8 text: decompress and decode it, or say what it is instead."""
 
 import bz2
 import codecs
@@ -16,7 +16,7 @@ from components.errors import DataError
 
 _HEAD = 512  # bytes that tell what a file is
 _BUFFER = 1 << 20
-_PACKED = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+PACKED = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
 _BYTE_ORDER_MARKS = {  # that of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -45,12 +45,12 @@ _FOREIGN = {
 
 
 def open_text(file: str) -> tuple[Any, Any]:
-    """(a buffered binary stream of the file's text in UTF-8, the file under it, whose place tells what is read).
+    """(buffered binary stream of the file's text in UTF-8, underlying file, whose position shows the progress).
 
-    Compressed files are known by their first bytes or their suffix, UTF-16 and UTF-32 by their byte order mark.
+    Compression is recognised by the first bytes or the suffix, UTF-16 and UTF-32 by their byte order mark.
 
     Raises:
-        DataError: when the file cannot be opened, or is no text.
+        DataError: when the file cannot be opened or holds no text.
     """
     raw = locations.open_file(file)
     stream: Any = raw if hasattr(raw, "peek") else io.BufferedReader(raw, _BUFFER)
@@ -70,7 +70,7 @@ def reading(file: str, kind: str) -> Iterator[None]:
 
 
 def check_table(head: bytes, file: str, kind: str) -> None:
-    """Raise DataError where a file begins neither as a table of this kind (parquet, arrow) nor as a damaged one."""
+    """Raise DataError if the first bytes of a file show that it is no table of this kind (parquet, arrow)."""
     refuse_foreign(head, file, f"a {kind.capitalize()} file")
     if packed := _packing(head):
         raise _refusal(file, f"compressed ({packed}): decompress it", f"a {kind.capitalize()} file")
@@ -79,7 +79,7 @@ def check_table(head: bytes, file: str, kind: str) -> None:
 
 
 def refuse_foreign(head: bytes, file: str, expected: str) -> None:
-    """Raise DataError where a file begins as one of a kind that holds no records we read."""
+    """Raise DataError if the first bytes of a file show a format that we do not read."""
     for magic, what in _FOREIGN.items():
         if head.startswith(magic):
             raise _refusal(file, what, expected)
@@ -88,12 +88,12 @@ def refuse_foreign(head: bytes, file: str, expected: str) -> None:
 
 
 def table(head: bytes) -> str | None:
-    """parquet or arrow, where a file begins so."""
+    """The table format (parquet, arrow) that the first bytes of a file show, or None."""
     return next((kind for magic, kind in _TABLES.items() if head.startswith(magic)), None)
 
 
 def looks_like(file: str) -> str | None:
-    """parquet, arrow or json, where the content of a file says so; what a file without a known suffix is read as."""
+    """The format (parquet, arrow, json) that the content of a file shows, or None; used without a known suffix."""
     with locations.open_file(file, random_access=True) as stream:
         if found := table(stream.read(8)):
             return found
@@ -107,7 +107,7 @@ def _head(stream: Any) -> bytes:
 
 
 def _packing(head: bytes) -> str | None:
-    found = next((suffix for magic, suffix in _PACKED.items() if head.startswith(magic)), None)
+    found = next((suffix for magic, suffix in PACKED.items() if head.startswith(magic)), None)
     return None if found == ".bz2" and head[4:10] != b"1AY&SY" else found  # "BZh" is text, too
 
 
@@ -144,7 +144,7 @@ def _refusal(file: str, what: str, expected: str) -> DataError:
 
 
 class _Utf8(io.RawIOBase):
-    """Text of another encoding as bytes of UTF-8; what no Unicode is spoils its own line."""
+    """Text in another encoding as bytes of UTF-8; an invalid character spoils only its own line."""
 
     def __init__(self, stream: Any, encoding: str):
         self._stream, self._left = stream, b""

@@ -1,12 +1,12 @@
-"""Filters over records: a `where` is checked once, then decided for each record in bounded time and memory.
+"""Filters over records: a `where` is compiled and checked once, then evaluated per record in bounded time and memory.
 
-The language is a part of Python's expressions: columns by name or as `row["a name"]`, texts, numbers, `true`, `false`,
-`null`, lists, comparisons, `in`, `and`, `or`, `not`, `x if y else z`, + - * / // %, entries and slices (`meta.lang`,
+The language is a subset of Python's expressions: columns by name or as `row["a name"]`, texts, numbers, `true`,
+`false`, `null`, lists, comparisons, `in`, `and`, `or`, `not`, `x if y else z`, + - * / // %, entries and slices (`meta.lang`,
 `meta["lang"]`, `tags[0]`, `question[:7]`), `len()`, `lower()`, `number()` of a text, `get()` of an object, and those
-methods of texts that only look at them.
+string methods that only read (`_METHODS`).
 
-Nothing in it changes a record, and no type passes for another: comparing a text with a number, or asking whether a
-text is true, has no answer. Only null may be compared with everything, as equal or not.
+No expression can change a record, and types are never converted: comparing text with a number, or using text as a
+truth value, is an error. Only null may be compared with any type, with == and !=.
 """
 
 import ast
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 Filter = Callable[[Mapping[str, Any]], bool]
-"""Whether a record passes; raises ValueError, which says why, where that cannot be decided."""
+"""Return whether a record passes; raises ValueError with the reason where that cannot be decided."""
 
 TEXT, NUMBER, TRUTH, NULL, LIST, OBJECT = "text", "a number", "a truth value", "null", "a list", "an object"
 
@@ -49,8 +49,8 @@ _METHODS = {
     **dict.fromkeys(("count", "find"), NUMBER),
     **dict.fromkeys(("split", "splitlines"), LIST),
 }
-"""Methods of texts and what they give. What may make a long text of a short one is not among them (`zfill`, `center`,
-`replace`, `join`, `format`), nor what may take the square of its length (`rfind`)."""
+"""Allowed string methods and the type of their results. Left out are those that can make a long text from a short one
+(`zfill`, `center`, `replace`, `join`, `format`) and those that can take quadratic time (`rfind`)."""
 _MAY_TAKE = {"strip": 1, "lstrip": 1, "rstrip": 1, "split": 1}
 _MUST_TAKE = dict.fromkeys(("removeprefix", "removesuffix", "startswith", "endswith", "count", "find"), 1)
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -63,7 +63,7 @@ _HINTS = {
     (NULL, TRUTH): "compare it, as in == true or == null",
     (LIST, TRUTH): "compare its length, as in len(…) > 0",
 }
-"""What to write, by what a part is and what it would have to be."""
+"""Advice, by the type found and the type expected."""
 
 
 @dataclass(slots=True)
@@ -82,22 +82,22 @@ class _Part(NamedTuple):
 
     of: Callable[[_Row], Any]
     kind: str | None
-    """What it always is; None where only the record tells."""
+    """Its type for every record; None where that depends on the record."""
     name: str
     inside: str | None = None
-    """What the items of a list or the entries of an object always are."""
+    """The type of every item of a list or entry of an object, if known."""
     items: "tuple[_Part, ...] | None" = None
-    """Of a list that is written out."""
+    """The items of a list literal."""
     value: Any = ...
-    """Of a constant, or of a list of constants."""
+    """The value of a constant, or of a list of constants; `...` for anything else."""
 
 
 @functools.lru_cache(maxsize=64)
 def compiled(expression: str, columns: str | None = None) -> Filter:
-    """The filter that an expression means; `columns` is `TEXT` for records that hold nothing but texts.
+    """Compile an expression; `columns` is `TEXT` for records whose columns are all text, as in CSV.
 
     Raises:
-        ValueError: saying what is wrong, where it is none, or one that no record can decide.
+        ValueError: with the reason, when it is no filter or no record could decide it.
     """
     try:
         part = _part(_parsed(expression), columns, 0)
@@ -117,7 +117,7 @@ def compiled(expression: str, columns: str | None = None) -> Filter:
 
 
 def kind(value: Any) -> str:
-    """What a value of JSON is, as messages name it; NaN stands for null, as pandas writes it."""
+    """The type of a JSON value, as messages name it. NaN counts as null, which pandas writes so."""
     if isinstance(value, str):
         return TEXT
     if isinstance(value, bool):
@@ -128,7 +128,7 @@ def kind(value: Any) -> str:
 
 
 def read_number(text: str) -> int | float | None:
-    """The number that a text is, written in decimal digits; None where it is none."""
+    """The number that a text spells in decimal digits, or None."""
     text = text.strip()
     if len(text) > _NUMBER_LENGTH or not (found := _NUMBER.fullmatch(text)):
         return None
@@ -199,7 +199,7 @@ def _part(node: ast.expr, columns: str | None, depth: int) -> _Part:
             _MUST_TAKE.get(name, 0) <= len(given) <= _MUST_TAKE.get(name, 0) + _MAY_TAKE.get(name, 0)
         ):
             return _method(name, inner(owner), [inner(argument) for argument in given])
-    raise ValueError(f"holds {_shown(node)}, which no filter may; see components/data/filters.py for what it may")
+    raise ValueError(f"uses {_shown(node)}, which filters do not allow; components/data/filters.py lists what they do")
 
 
 def _shown(node: ast.expr) -> str:
@@ -213,7 +213,7 @@ def _shown(node: ast.expr) -> str:
 
 
 def _being(part: _Part, *kinds: str) -> Callable[[_Row], Any]:
-    """`part`, refused where it is none of `kinds`: now where that is known, else for each record."""
+    """Raise unless `part` is one of `kinds`: at once where its type is known, else for each record."""
     if part.kind is not None:
         if part.kind not in kinds:
             raise _is_not(part, part.kind, kinds)
@@ -262,7 +262,7 @@ def _either(test: Callable[[_Row], Any], body: _Part, other: _Part) -> _Part:
 
 
 def _entry(owner: _Part, key: _Part, default: _Part | None = None) -> _Part:
-    """A column of the record, an entry of an object, an item of a list, a character of a text."""
+    """A column of the record, entry of an object, item of a list or character of a text."""
     whole = _being(owner, OBJECT) if default else _being(owner, OBJECT, LIST, TEXT)
     what = "column" if owner.name == "row" else f"entry of {owner.name}:"
     name = f"{what} {key.value!r}" if key.value is not ... else f"{what} {key.name}"
@@ -369,14 +369,14 @@ _FUNCTIONS: dict[str, tuple[tuple[str, ...], str, Callable[[Any], Any]]] = {
     "lower": ((TEXT,), TEXT, str.lower),
     "number": ((TEXT, NUMBER), NUMBER, _as_number),
 }
-"""By name: what it takes, what it gives, and itself."""
+"""Name → (types it takes, type it returns, function)."""
 
 
 # --- comparisons -----------------------------------------------------------------------------------------------------
 
 
 def _chain(sides: list[_Part], ops: list[ast.cmpop]) -> _Part:
-    """`a < b <= c`: each side is computed once, and none that is not needed."""
+    """`a < b <= c`: each side is evaluated at most once, and only if needed."""
     pairs = [_comparison(op, left, right) for op, left, right in zip(ops, sides, sides[1:], strict=False)]
 
     def of(row: _Row) -> bool:
@@ -418,7 +418,7 @@ def _order(holds: Callable[[Any, Any], bool], left: _Part, right: _Part) -> Call
 
 
 def _same(left: _Part, right: _Part, row: _Row, a: Any, b: Any) -> bool:
-    """Equality of what can be equal; null is equal to null alone."""
+    """Equality of two values of one type; null equals only null."""
     found, other = kind(a), kind(b)
     if NULL in (found, other):
         return found == other
@@ -458,7 +458,7 @@ def _membership(left: _Part, right: _Part) -> Callable[[_Row, Any, Any], bool]:
 
 
 def _listed(left: _Part, row: _Row, value: Any, items: Any, ids: Any) -> bool:
-    """Whether a value is among items, of which one at least must be of its kind; null may be among any."""
+    """Whether a value is among items, at least one of which must be of its type; null may be looked for in any."""
     found = kind(value)
     if ids is None:
         row.spend(len(items))
@@ -475,7 +475,7 @@ def _listed(left: _Part, row: _Row, value: Any, items: Any, ids: Any) -> bool:
 
 
 def _by_kind(items: Any) -> dict[str, list[Any]]:
-    """Items by what they are."""
+    """Items grouped by type."""
     found: dict[str, list[Any]] = {}
     for item in items:
         found.setdefault(kind(item), []).append(item)

@@ -53,7 +53,7 @@ def _find_remote(url: str) -> list[str]:
     folders = {name for name, info in matches.items() if info["type"] == "directory"}
     for folder in sorted(folders):
         if folder.rstrip("/") == path.rstrip("/") or not _passed_over(folder, path):
-            raise _is_folder(f"{scheme}://{folder}")
+            raise _not_a_file(f"{scheme}://{folder}")
     return [f"{scheme}://{match}" for match in sorted(matches) if match not in folders]
 
 
@@ -89,7 +89,7 @@ def _file_here(path: str) -> str:
             "a file. Restore what it leads to, such as by downloading it again."
         ) from error
     if stat.S_ISDIR(mode):
-        raise _is_folder(path)
+        raise _not_a_file(path)
     if not stat.S_ISREG(mode):
         raise DataError(
             f"Data file is a pipe, a device or a socket (path={path}). Expected a file, since it is read more than "
@@ -98,7 +98,7 @@ def _file_here(path: str) -> str:
     return path
 
 
-def _is_folder(path: str) -> DataError:
+def _not_a_file(path: str) -> DataError:
     return DataError(
         f"Data file cannot be read (path={path}): Is a directory. Expected a file or a glob, such as "
         f"{path.rstrip('/')}/*.jsonl."

@@ -129,8 +129,8 @@ def _whose(path: str, state: str) -> Callable[[dict[str, Any]], list[str]]:
             if maybe:
                 of = " and ".join(sorted({kind(value) for name in maybe for value in _several(requests[name][column])}))
                 raise Undecided(
-                    f"column {column!r} is {kind(fields[column])} where they name {of}; name values as the data holds "
-                    "them",
+                    f"column {column!r} is {kind(fields[column])} where requests name {of}; write their values as the "
+                    "data stores them",
                     maybe,
                 )
         return found

@@ -33,7 +33,6 @@ _KINDS = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
-_PACKED = (".gz", ".bz2", ".xz", ".zst")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -180,7 +179,9 @@ def _read_file(source: Files | Text, file: str) -> Reading:
 
 def _suffix(file: str) -> str:
     """The suffix that tells what records a file holds, in small letters."""
-    suffixes = [suffix for suffix in map(str.lower, PurePosixPath(file).suffixes) if suffix not in _PACKED]
+    suffixes = [
+        suffix for suffix in map(str.lower, PurePosixPath(file).suffixes) if suffix not in contents.PACKED.values()
+    ]
     return suffixes[-1] if suffixes else ""
 
 

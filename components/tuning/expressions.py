@@ -8,7 +8,6 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Mapping
-from sys import float_info
 from typing import Any
 
 from components.errors import ConfigError
@@ -21,7 +20,6 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
 }  # fmt: skip
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"abs": abs, "min": min, "max": max, "log10": math.log10}
 _DEPTH = 64  # parts within parts
-_LARGEST = float_info.max
 _OF_SEVERAL = ("min", "max")
 _AT_MOST, _AT_LEAST = (ast.Lt, ast.LtE), (ast.Gt, ast.GtE)
 
@@ -107,7 +105,10 @@ def _compiled(node: ast.expr, whole: str, depth: int = 0) -> tuple[list[str], Ca
 
 
 def _finite(number: int | float) -> bool:
-    return abs(number) <= _LARGEST
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def _number(name: str, known: Known) -> float:
