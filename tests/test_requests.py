@@ -232,8 +232,8 @@ def test_a_record_that_may_be_meant_is_set_aside_for_its_request(ray_cluster: No
         assert PreparedRows(prepared.folder).table()["line"].to_pylist() == lines
         assert summary_of(prepared)["requests_set_aside"] == {"R-1": 1}
         assert list(summary_of(prepared)["reasons"]) == [
-            "deletion requests cannot be decided: column 'adult' is text where requests name a truth value; write their "
-            "values as the data stores them"
+            "deletion requests cannot be decided: column 'adult' is text where requests name a truth value; write "
+            "their values as the data stores them"
         ]
 
 

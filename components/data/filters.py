@@ -1,9 +1,9 @@
 """Filters over records: a `where` is compiled and checked once, then evaluated per record in bounded time and memory.
 
 The language is a subset of Python's expressions: columns by name or as `row["a name"]`, texts, numbers, `true`,
-`false`, `null`, lists, comparisons, `in`, `and`, `or`, `not`, `x if y else z`, + - * / // %, entries and slices (`meta.lang`,
-`meta["lang"]`, `tags[0]`, `question[:7]`), `len()`, `lower()`, `number()` of a text, `get()` of an object, and those
-string methods that only read (`_METHODS`).
+`false`, `null`, lists, comparisons, `in`, `and`, `or`, `not`, `x if y else z`, + - * / // %, entries and slices
+(`meta.lang`, `meta["lang"]`, `tags[0]`, `question[:7]`), `len()`, `lower()`, `number()` of a text, `get()` of an
+object, and those string methods that only read (`_METHODS`).
 
 No expression can change a record, and types are never converted: comparing text with a number, or using text as a
 truth value, is an error. Only null may be compared with any type, with == and !=.
@@ -319,7 +319,7 @@ def _arithmetic(op: ast.operator, left: _Part, right: _Part) -> _Part:
         return found
 
     known = NUMBER if len(kinds) == 1 else left.kind or right.kind
-    return _Part(of, known, f"a sum of {left.name} and {right.name}" if len(kinds) > 1 else "a result")
+    return _Part(of, known, "a sum" if len(kinds) > 1 else "a result")
 
 
 def _applied(name: str, takes: tuple[str, ...], gives: str, function: Callable[[Any], Any], argument: _Part) -> _Part:
