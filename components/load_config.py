@@ -188,7 +188,7 @@ def _explain(item: Any, schema: type[BaseModel]) -> str:
         return f"{path}: needs a type" + (f", one of {tags}." if tags else f": {item['msg']}.")
     message = item["msg"].removeprefix("Value error, ")
     hidden = isinstance(item["input"], dict | BaseModel) or "password" in message
-    got = "" if hidden else f" (got {item['input']!r:.300})"
+    got = "" if hidden else f" (got {item['input']!r})"
     return f"{path}: {message}{got}."
 
 

@@ -189,9 +189,8 @@ def test_no_filter_reaches_python(where: str) -> None:
     ids=range(18),
 )
 def test_what_is_no_expression_or_too_deep_is_told_with_the_recipe(where: str) -> None:
-    with pytest.raises(ConfigError, match=r"where: is (nested too deeply|not an expression)") as error:
+    with pytest.raises(ConfigError, match=r"where: is (nested too deeply|not an expression)"):
         checked(Files, {"type": "files", "path": "x.jsonl", "where": where}, "source")
-    assert len(str(error.value)) < 1000
 
 
 _GROWING = [
