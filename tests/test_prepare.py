@@ -76,6 +76,22 @@ def test_good_rows_arrive_in_order_and_bad_ones_are_set_aside(tmp_path: Path, ba
     assert summary_of(prepared)["reasons"]["column 'answer' is empty"] == 1
 
 
+@pytest.mark.parametrize("where", ["safe == false", "safe != true", "not safe", "safe in [true, null]"])
+def test_a_filter_takes_no_row_whose_type_is_not_the_filters(tmp_path: Path, facts, where: str) -> None:
+    """Neither false nor true of it: such rows of JSON are set aside, and a CSV file of them is refused at once."""
+    values = [False, True, "false", "False", 0, 1, "", False]
+    lines = [{"question": f"q{i}", "answer": f"a{i}", "safe": value} for i, value in enumerate(values)]
+    source = jsonl(tmp_path / "x.jsonl", lines, where=where)
+    prepared = prepare([source], "pairs", Data(max_bad_fraction=0.9), facts, tmp_path)
+    assert [row["line"] for row in rows(prepared)] == ([2] if where.startswith("safe in") else [1, 8])
+    assert [row["line"] for row in aside(prepared)] == [3, 4, 5, 6, 7]
+    assert all(row["reason"].startswith("where cannot be decided: column 'safe' is ") for row in aside(prepared))
+    (tmp_path / "x.csv").write_text("question,answer,safe\nq,a,False\n")
+    source = Files(type="files", path=str(tmp_path / "x.csv"), where=where)
+    with pytest.raises(DataError, match=r"every column is text \(path=.*x\.csv\): column 'safe' is text"):
+        prepare([source], "pairs", LENIENT, facts, tmp_path)
+
+
 DAMAGE = {
     "cut": (lambda row, rng: _json(row).decode()[: rng.randrange(1, 60)].encode(), "not JSON"),
     "bytes": (lambda row, rng: _json(row)[:14] + b"\xff\xfe" + _json(row)[14:], "not UTF-8"),

@@ -1,14 +1,19 @@
 """Deletion requests choose the forget rows, and what became of each request's rows is told without their text."""
 
+import gzip
+import hashlib
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from components.config import Data, Evaluation, Files, Train
+from components.data.mapping import Unusable, requests_of
 from components.data.people import people_rows
-from components.data.prepare import prepare
+from components.data.prepare import prepare, summary_of
 from components.data.requests import read_requests, whose
 from components.data.rows import PreparedRows
 from components.errors import ConfigError, DataError
@@ -48,6 +53,47 @@ def test_each_wrong_line_is_named(tmp_path: Path) -> None:
         read_requests(str(tmp_path / "none.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"request_id": "R-1", "request_id": "R-2"}', "line 1: key 'request_id' is named twice"),
+        (json.dumps(request("R-1", person="A")).replace('"A"', '"A", "person": "B"'), "key 'person' is named twice"),
+        (json.dumps(request("R-1", person="A"))[:-1] + ', "where": {"person": "B"}}', "key 'where' is named twice"),
+        (json.dumps(request("R-1", person=["A", " "])), "has no value for person"),
+        (json.dumps(request("R-1", person=[])), "has no value for person"),
+        (json.dumps(request("R-1", number=float("nan"))), "line 1: where"),
+        (json.dumps(request("R-1", number=float("inf"))), "line 1: where"),
+        (json.dumps(request("R-1", person=None)), "line 1: where"),
+        (b'{"request_id": "Zo\xeb"}', "line 1: not UTF-8"),
+    ],
+)
+def test_requests_that_could_mean_others_are_refused(tmp_path: Path, line: str | bytes, told: str) -> None:
+    (tmp_path / "r.jsonl").write_bytes(line if isinstance(line, bytes) else line.encode())
+    with pytest.raises(DataError, match=told):
+        read_requests(str(tmp_path / "r.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "write_as"),
+    [
+        ("r.jsonl", lambda text: text.encode("utf-8-sig")),
+        ("r.jsonl", lambda text: text.encode("utf-16")),
+        ("r.jsonl.gz", lambda text: gzip.compress(text.encode())),
+        ("r.JSONL.XZ", lambda text: lzma.compress(text.encode())),
+        ("r [1].jsonl", lambda text: text.replace("\n", "\r\n").encode()),
+    ],
+)
+def test_requests_are_read_as_other_files_are(tmp_path: Path, name: str, write_as: Callable[[str], bytes]) -> None:
+    requests = [request("R-1", person="Zoë\u2028\x85"), request("R-2", person="B")]
+    text = "\n".join(json.dumps(one, ensure_ascii=False) for one in requests)
+    (tmp_path / name).write_bytes(write_as(text))
+    found = read_requests(str(tmp_path / name))
+    assert [one.where for one in found.requests] == [{"person": "Zoë"}, {"person": "B"}]
+    assert found.sha256 == hashlib.sha256(write_as(text)).hexdigest()
+    with pytest.raises(DataError, match="Is a directory"):
+        read_requests(str(tmp_path))
+
+
 def test_a_record_is_whose_columns_all_match(tmp_path: Path) -> None:
     file = tmp_path / "r.jsonl"
     path = write(
@@ -77,6 +123,69 @@ def test_all_requests_for_a_record_count_however_its_values_are_stored(tmp_path:
     assert find({"number": 7.0}) == find({"number": "7"}) == find({"number": 7}) == ["R-4"]
     assert find({"adult": True}) == find({"adult": "true"}) == ["R-5"]
     assert find({"number": 7.5, "adult": False}) == []
+
+
+UNLIKE = [
+    # what is named, what the record has, of which type
+    (7, "7.0", "text"),
+    (7, "007", "text"),
+    (7, " +7", "text"),
+    (7.5, "7.50", "text"),
+    (1000, "1e3", "text"),
+    ("7.0", 7, "a number"),
+    ("007", 7, "a number"),
+    ("1e3", 1000.0, "a number"),
+    (1, True, "a truth value"),
+    (0, False, "a truth value"),
+    ("1", True, "a truth value"),
+    (True, 1, "a number"),
+    (True, 7, "a number"),
+    (False, "0", "text"),
+    (True, "yes", "text"),
+    (True, "Ja", "text"),
+    ("A", ["A", "B"], "a list"),
+    (True, [True], "a list"),
+    ("A", {"name": {"first": "A"}}, "an object"),
+    (7, ["7"], "a list"),
+    ([True, "x"], "y", "text"),
+    (["A", 7], "7.", "text"),
+]
+
+
+@pytest.mark.parametrize(("named", "value", "kind"), UNLIKE)
+def test_what_may_be_meant_but_is_of_another_type_is_refused(tmp_path: Path, named, value, kind: str) -> None:
+    path = write(tmp_path / "r.jsonl", request("R-1", column=named, other="x"), request("R-2", third="y"))
+    find = whose(path)
+    for record in ({"column": value, "other": "x"}, {"column": value, "other": "x", "third": "y"}):
+        with pytest.raises(ValueError, match=f"column 'column' is {kind} where requests name") as error:
+            find(record)
+        assert error.value.requests == ["R-1"]
+    assert find({"Column": value, "third": "y", "other": "x"}) == ["R-2"]
+    assert find({"column": value, "third": "y", "other": "z"}) == ["R-2"]
+    assert find({"column": value}) == find({"column": None, "other": "x"}) == []
+    for key, other in (("requested", "not_requested"), ("not_requested", "requested")):
+        asked = requests_of(Files(type="files", path="x", **{key: path, other: None}))
+        with pytest.raises(Unusable, match="deletion requests cannot be decided: column 'column'"):
+            asked({"column": value, "other": "x"})
+
+
+LIKE = [
+    (7, ["7", 7, 7.0, " 7 "], ["8", 8, 7.5, "seven", "", None, "70", float("nan")]),
+    ("7", ["7", 7, 7.0], ["7.0", "007", 8, None, True, "7a"]),
+    (True, [True, "true", "True", "TRUE", " true"], [False, "false", "FALSE", "", None]),
+    ("true", ["true", True], ["True", "false", False, None, 7]),
+    ("None", ["None"], [None, "", "none", "null", float("nan")]),
+    ("nan", ["nan"], [float("nan"), None, 1.0]),
+    ("A", ["A", " A\n"], ["a", "", None, 7, True, 0.5, ["B"], [], {}, {"A": "B"}]),
+    (["A", 7], ["A", 7, "7"], ["B", 8, None]),
+]
+
+
+@pytest.mark.parametrize(("named", "meant", "others"), LIKE)
+def test_what_can_be_decided_is(tmp_path: Path, named, meant: list, others: list) -> None:
+    find = whose(write(tmp_path / "r.jsonl", request("R-1", column=named)))
+    assert [find({"column": value}) for value in meant] == [["R-1"]] * len(meant)
+    assert [find({"column": value}) for value in others] == [[]] * len(others)
 
 
 def test_a_recipe_takes_requested_records_to_forget_and_no_others(tmp_path: Path) -> None:
@@ -110,6 +219,22 @@ def test_rows_bear_their_request_and_others_request_changes_the_rows(ray_cluster
     other, forget = rows(requested=path)
     assert forget == [(1, ["R-3"]), (2, ["R-3"])]
     assert other != digest
+
+
+def test_a_record_that_may_be_meant_is_set_aside_for_its_request(ray_cluster: None, tmp_path: Path, facts) -> None:
+    """So that no run begins that leaves it as it is, and none learns it as if nobody had asked."""
+    records = [{"question": f"q{i}", "answer": f"a{i}", "adult": ["true", "yes"][i == 3], "owner": i} for i in range(8)]
+    path = write(tmp_path / "r.jsonl", request("R-1", adult=True, owner=[1, 3]), request("R-2", owner="5"))
+    source = Files(type="files", path=write(tmp_path / "x.jsonl", *records))
+    for key, lines in (("requested", [2, 6]), ("not_requested", [1, 3, 5, 7, 8])):
+        data = Data(max_tokens=64, max_bad_fraction=0.5)
+        prepared = prepare([source.model_copy(update={key: path})], "pairs", data, facts, tmp_path)
+        assert PreparedRows(prepared.folder).table()["line"].to_pylist() == lines
+        assert summary_of(prepared)["requests_set_aside"] == {"R-1": 1}
+        assert list(summary_of(prepared)["reasons"]) == [
+            "deletion requests cannot be decided: column 'adult' is text where requests name a truth value; write "
+            "their values as the data stores them"
+        ]
 
 
 def test_figures_of_a_request_are_those_of_its_own_rows(ray_cluster: None, tmp_path: Path, base: Path, facts) -> None:

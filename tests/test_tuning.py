@@ -67,6 +67,43 @@ def test_what_is_no_expression_is_refused(text: str) -> None:
         expressions.names(text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-" * 5000 + "a",
+        "-" * 100_000 + "a",
+        "abs(" * 150 + "a" + ")" * 150,
+        "a" + " + a" * 20_000,
+        "a" + ".b" * 20_000 + "()",
+        "(" * 5000 + "a" + ")" * 5000,
+        "a" + " * a" * 100,
+        "9" * 400,
+        "9" * 5000,
+        "1e400",
+        "a ** 9",
+        "'a' * 9",
+        "f'{a}'",
+    ],
+    ids=range(13),
+)
+def test_expressions_that_never_end_are_refused_in_a_line(text: str) -> None:
+    for condition in (False, True):
+        with pytest.raises(ConfigError, match="is not understood") as error:
+            expressions.names(f"{text} < 1" if condition else text, condition)
+        assert len(str(error.value)) < 500
+
+
+def test_numbers_stay_numbers() -> None:
+    """A text times a whole number would be a longer text, a product of whole numbers a longer number."""
+    for found in ("sgd", [1], None, {"a": 1}):
+        for text in ("a * 999999999 < 1", "999999999 * a < 1", "b * a < 1", "a + a < 1", "max(a, a) < 1"):
+            with pytest.raises(ValueError, match="a is no number"):
+                expressions.holds(text, {"a": found, "b": 999999999})
+    with pytest.raises(OverflowError):
+        expressions.holds("a * b < 1", {"a": int("9" * 4000), "b": 2})
+    assert expressions.holds("train.packing + n <= 3", {"train.packing": True, "n": 2})
+
+
 def test_a_condition_is_one_comparison() -> None:
     for text in ("a", "a < b < c", "a == b"):
         with pytest.raises(ConfigError, match="Condition is not understood"):

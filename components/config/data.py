@@ -1,12 +1,12 @@
 """Sources and the three sets."""
 
-import ast
 import string
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from components.config.section import Section
+from components.data import filters
 
 
 class Rows(Section):
@@ -35,7 +35,8 @@ class Rows(Section):
     """Write the options under the prompt, with letters, and let those be the answers."""
     where: str | None = None
     """Take only records for which this holds, such as `is_safe == false and severity > 1`. Columns stand by name, or
-    as `row["a name"]`; the others are counted, not set aside."""
+    as `row["a name"]`; the others are counted, not set aside. In CSV every column is text: `is_safe == "false"`,
+    `number(severity) > 1`. `components/data/filters.py` says what a filter may hold."""
     requested: str | None = None
     """Take only records that this file of deletion requests names; `data.requests` sets it."""
     not_requested: str | None = None
@@ -64,12 +65,9 @@ class Rows(Section):
 
     @field_validator("where")
     @classmethod
-    def _is_expression(cls, text: str | None) -> str | None:
+    def _is_filter(cls, text: str | None) -> str | None:
         if text is not None:
-            try:
-                ast.parse(text.strip(), mode="eval")
-            except SyntaxError as error:
-                raise ValueError(f"is not an expression ({error.msg}); write such as: is_safe == false") from None
+            filters.compiled(text)
         return text
 
 
@@ -78,9 +76,9 @@ class Files(Rows):
 
     type: Literal["files"]
     path: str | list[str]
-    """File, glob or list of them; `s3://` and `gs://` too. JSON lines, JSON, CSV or Parquet, told by the suffix;
-    `.gz` may follow. A JSON array is read whole; lines are streamed."""
-    format: Literal["auto", "json", "csv", "parquet", "lines"] = "auto"
+    """File, glob or list of them; `s3://` and `gs://` too. JSON lines, JSON, CSV, TSV, Parquet or Arrow, told by the
+    suffix; `.gz`, `.bz2`, `.xz` or `.zst` may follow those of text. A JSON array is read whole; lines are streamed."""
+    format: Literal["auto", "json", "csv", "parquet", "arrow", "lines"] = "auto"
     """What the suffix does not tell. `lines` makes a record of each line, its column is `text`."""
 
 
@@ -105,7 +103,7 @@ class Text(Section):
 
     type: Literal["text"]
     path: str | list[str]
-    """File, glob or list of them; `s3://` and `gs://` too. `.gz` may follow."""
+    """File, glob or list of them; `s3://` and `gs://` too. `.gz`, `.bz2`, `.xz` or `.zst` may follow."""
     prefix_tokens: int = Field(64, ge=1)
     """Tokens that a window begins with, as the prompt."""
     continuation_tokens: int = Field(64, ge=1)

@@ -1,17 +1,15 @@
 """One record → the texts that a row is made of, by the source's columns, templates and filter."""
 
-import json
 import re
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from simpleeval import EvalWithCompoundTypes
-
 from components.config import FixedAnswers, PoolSource, Text
-from components.data.requests import whose
-from components.data.sources import Record, read_records, source_files
+from components.data import filters
+from components.data.requests import Undecided, whose
+from components.data.sources import Record, load_json, read_records, source_files
 
 Message = dict[str, str]
 """A chat message: role and content."""
@@ -20,6 +18,9 @@ Prompt = str | list[Message]
 
 class Unusable(Exception):
     """The reason for which one row is set aside."""
+
+    requests: Sequence[str] = ()
+    """The deletion requests that may mean it, where that cannot be decided."""
 
 
 class Example(NamedTuple):
@@ -34,18 +35,16 @@ def parse(record: Record) -> dict[str, Any]:
     """The record's columns.
 
     Raises:
-        Unusable: when it is not a JSON object in UTF-8.
+        Unusable: when it is not a JSON object in UTF-8, or names a key twice.
     """
     if record.error:
         raise Unusable(record.error)
     try:
-        fields = json.loads(record.data.decode("utf-8-sig"))
+        fields = load_json(record.data.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise Unusable("not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise Unusable(f"not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
-        raise Unusable(f"not JSON: {type(error).__name__}") from None
+    except ValueError as error:
+        raise Unusable(str(error)) from None
     if not isinstance(fields, dict):
         raise Unusable("not a JSON object")
     return fields
@@ -57,25 +56,37 @@ def raw_text(record: Record) -> str:
 
 
 def requests_of(source: PoolSource) -> Callable[[dict[str, Any]], list[str]]:
-    """The deletion requests that mean a record, of those that the source is chosen by or without."""
+    """The deletion requests that mean a record, of those that the source is chosen by or without.
+
+    What is returned raises Unusable for a record of which that cannot be said.
+    """
     path = None if isinstance(source, Text | FixedAnswers) else source.requested or source.not_requested
-    return whose(path) if path else lambda fields: []
+    if not path:
+        return lambda fields: []
+    find = whose(path)
+
+    def asked(fields: dict[str, Any]) -> list[str]:
+        try:
+            return find(fields)
+        except Undecided as error:
+            unusable = Unusable(f"deletion requests cannot be decided: {error}")
+            unusable.requests = error.requests
+            raise unusable from None
+
+    return asked
 
 
 def record_filter(source: PoolSource) -> Callable[[dict[str, Any]], bool]:
     """Whether `source.where` holds for a record; raises Unusable when that cannot be said."""
     if isinstance(source, Text | FixedAnswers) or source.where is None:
         return lambda fields: True
-    evaluator = EvalWithCompoundTypes(functions={"len": len, "lower": str.lower})
-    parsed = evaluator.parse(source.where.strip())
-    constants = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
+    decide = filters.compiled(source.where)
 
     def holds(fields: dict[str, Any]) -> bool:
-        evaluator.names = {**fields, "row": fields, **constants}
         try:
-            return bool(evaluator.eval(source.where, previously_parsed=parsed))
-        except Exception as error:  # any operator may refuse its operands
-            raise Unusable(f"where cannot be decided: {str(error)[:100]}") from None
+            return decide(fields)
+        except ValueError as error:
+            raise Unusable(f"where cannot be decided: {error}") from None
 
     return holds
 

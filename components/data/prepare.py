@@ -30,7 +30,7 @@ right answer, its paraphrase and wrong answers, for evaluation."""
 Chunks = Generator[dict[str, Any], None, None]
 """What `tokenise_chunk` says of each chunk."""
 
-_FORMAT = 3  # raise when the columns or their meaning change: old folders are then made anew
+_FORMAT = 4  # raise when the columns or their meaning change: old folders are then made anew
 _HOPELESS = 10_000  # rows without a good one among them: a wrong column is told before the whole set is read
 _TELL_EVERY = 3.0  # seconds
 

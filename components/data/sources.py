@@ -1,24 +1,39 @@
 """Files, hub data sets and the made-up benchmark as one thing: records with the place they came from."""
 
+import codecs
 import csv
 import functools
-import gzip
 import io
 import itertools
 import json
-import zlib
-from collections import deque
+import re
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from components.config import Files, FixedAnswers, HuggingFace, People, PoolSource, Text, digest
-from components.data import locations
+from components.data import contents, filters, locations
 from components.data.people import people_rows
 from components.errors import DataError
 
 _TEXT_BLOCK = 1 << 16  # characters that plain text is tokenised in at once
+_SAMPLE_LINES = 50  # that tell what separates a CSV file's fields
 _CSV_LINES = 5000  # lines that a record may span: more come from a quote that is never closed
+_SEPARATORS = ",;\t|"
+_ROWS_AT_ONCE = 1024
+_KINDS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".tab": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class Record(NamedTuple):
@@ -43,7 +58,7 @@ def source_files(source: PoolSource) -> list[str]:
     """What one task reads: absolute paths or URLs for files, one name for the other kinds.
 
     Raises:
-        DataError: when a path or glob matches nothing.
+        DataError: when a path or glob matches nothing, a file is of an unknown kind, or `where` does not fit it.
     """
     if isinstance(source, People):
         return [f"people:{source.split}"]
@@ -51,7 +66,11 @@ def source_files(source: PoolSource) -> list[str]:
         return ["recipe"]
     if isinstance(source, HuggingFace):
         return [str(Path(source.path).resolve()) if Path(source.path).is_dir() else source.path]
-    return locations.find(source.path)
+    files = locations.find(source.path)
+    if isinstance(source, Files):
+        for file in files:
+            _check_where(source, file, _kind(source, file))
+    return files
 
 
 def fingerprint(source: PoolSource, storage: Path) -> str:
@@ -141,18 +160,16 @@ def _plain(value: Any) -> str:
 
 
 def _read_file(source: Files | Text, file: str) -> Reading:
-    kind = "text" if isinstance(source, Text) else _format(source, file)
-    if kind == "parquet":
-        return _guarded(_read_parquet(file), file, kind)
-    try:
-        raw = locations.open_file(file)
-        total = max(1, locations.size(file))
-    except OSError as error:
-        raise DataError(f"Data file cannot be read (path={file}): {error.strerror}. Expected a file.") from error
-    stream = gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else raw if hasattr(raw, "peek") else _buffered(raw)
+    kind = "text" if isinstance(source, Text) else _kind(source, file)
+    if kind in ("parquet", "arrow"):
+        return _guarded((_read_parquet if kind == "parquet" else _read_arrow)(file), file, kind)
+    total = max(1, locations.size(file))
+    with contents.reading(file, kind):
+        stream, raw = contents.open_text(file)
+    suffix = _suffix(file)
     readers: dict[str, Callable[[Any], Iterator[Record]]] = {
-        "csv": _read_csv,
-        "json": functools.partial(_read_json, may_be_array=".jsonl" not in file and ".ndjson" not in file),
+        "csv": functools.partial(_read_csv, file=file, separator="\t" if suffix in (".tsv", ".tab") else None),
+        "json": functools.partial(_read_json, named_lines=suffix in (".jsonl", ".ndjson")),
         "lines": _read_lines,
         "text": functools.partial(_read_text, limit=source.limit),
     }
@@ -160,34 +177,45 @@ def _read_file(source: Files | Text, file: str) -> Reading:
     return _guarded(reading, file, kind)
 
 
-def _buffered(stream: Any) -> Any:
-    return io.BufferedReader(stream, 1 << 20)
+def _suffix(file: str) -> str:
+    """The suffix that tells what records a file holds, in small letters."""
+    suffixes = [
+        suffix for suffix in map(str.lower, PurePosixPath(file).suffixes) if suffix not in contents.PACKED.values()
+    ]
+    return suffixes[-1] if suffixes else ""
 
 
-def _format(source: Files, file: str) -> str:
-    if source.format != "auto":
-        return source.format
-    suffixes = [suffix for suffix in PurePosixPath(file).suffixes if suffix != ".gz"]
-    suffix = suffixes[-1] if suffixes else ""
-    known = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    if suffix not in known:
+def _kind(source: Files, file: str) -> str:
+    """json, csv, parquet, arrow or lines, by the source's format, the suffix, or the content where it is plain."""
+    found = source.format if source.format != "auto" else _KINDS.get(_suffix(file))
+    if not found:
+        with contents.reading(file, "JSON, CSV, Parquet or Arrow"):
+            found = contents.looks_like(file)
+    if not found:
         raise DataError(
-            f"Data file has an unknown suffix (path={file}). Expected .jsonl, .json, .csv or .parquet, or the source's "
-            "format said; plain text has type: text."
+            f"Data file has an unknown suffix (path={file}). Expected .jsonl, .json, .csv, .tsv, .parquet or .arrow, "
+            "also with .gz, .bz2, .xz or .zst. Set the source's format, or for plain text its type to text."
         )
-    return known[suffix]
+    return found
+
+
+def _check_where(source: Files, file: str, kind: str) -> None:
+    """Refuse a filter that no record of a file can decide since all its columns are text."""
+    if source.where is None or kind not in ("csv", "lines"):
+        return
+    try:
+        filters.compiled(source.where, filters.TEXT)
+    except ValueError as error:
+        raise DataError(
+            f"Filter does not fit a file in which every column is text (path={file}): {error}. Expected where to "
+            'compare texts, such as is_safe == "false" or number(severity) > 1.'
+        ) from None
 
 
 def _guarded(reading: Reading, file: str, kind: str) -> Reading:
     def records() -> Iterator[Record]:
-        try:
+        with contents.reading(file, kind):
             yield from reading.records
-        except (OSError, EOFError, ValueError, zlib.error) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(
-                f"Data file cannot be read (path={file}): {error}. Expected a whole {kind} file."
-            ) from error
 
     return reading._replace(records=records())
 
@@ -200,13 +228,69 @@ def _read_parquet(file: str) -> Reading:
 
     def rows() -> Iterator[dict[str, Any]]:
         nonlocal done, total
-        with pq.ParquetFile(locations.open_file(file, random_access=True)) as table:
+        with pq.ParquetFile(_open_table(file, "parquet")) as table:
             total = table.metadata.num_rows
-            for batch in table.iter_batches(batch_size=1024):
+            _check_names(table.schema_arrow, file)
+            for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
                 yield from _rows_of(batch)
                 done += batch.num_rows
 
     return Reading(_numbered(rows()), lambda: done / total if total else None)
+
+
+def _read_arrow(file: str) -> Reading:
+    """Arrow's file format, which is also Feather's, or its stream format, which `datasets` writes."""
+    import pyarrow as pa
+
+    def rows() -> Iterator[dict[str, Any]]:
+        with _open_table(file, "arrow") as stream:
+            whole = stream.read(6) == b"ARROW1"
+            stream.seek(0)
+            reader = pa.ipc.open_file(stream) if whole else pa.ipc.open_stream(stream)
+            _check_names(reader.schema, file)
+            for batch in map(reader.get_batch, range(reader.num_record_batches)) if whole else reader:
+                batch.validate()
+                for first in range(0, batch.num_rows, _ROWS_AT_ONCE):
+                    yield from _rows_of(batch.slice(first, _ROWS_AT_ONCE))
+
+    return Reading(_numbered(rows()), lambda: None)
+
+
+def _open_table(file: str, kind: str) -> Any:
+    stream = locations.open_file(file, random_access=True)
+    contents.check_table(stream.read(512), file, kind)
+    stream.seek(0)
+    return stream
+
+
+def _check_names(schema: Any, file: str) -> None:
+    """Refuse a table that names a column, or a field within one, twice: one of the two would be lost."""
+    if twice := _named_twice(list(schema)):
+        raise _twice(twice, file)
+
+
+def _named_twice(fields: list[Any], within: str = "") -> str | None:
+    for name, count in Counter(field.name for field in fields).items():
+        if count > 1:
+            return within + name
+    inner = ((_inner_fields(field.type), f"{within}{field.name}.") for field in fields)
+    return next(filter(None, itertools.starmap(_named_twice, inner)), None)
+
+
+def _inner_fields(kind: Any) -> list[Any]:
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return list(kind)
+    value = getattr(kind, "value_field", None)  # of a list
+    return _inner_fields(value.type) if value else []
+
+
+def _twice(name: str, file: str) -> DataError:
+    return DataError(
+        f"Data file names a column twice (path={file}, column={name}). Expected each name once, as only one of the two "
+        "could be read. Rename or remove one."
+    )
 
 
 def _rows_of(batch: Any) -> list[dict[str, Any]]:
@@ -220,7 +304,7 @@ def _rows_of(batch: Any) -> list[dict[str, Any]]:
         return batch.cast(pa.schema(fields)).to_pylist()
 
 
-def _read_csv(stream: Any) -> Iterator[Record]:
+def _read_csv(stream: Any, file: str, separator: str | None) -> Iterator[Record]:
     """A quote that is never closed sets aside its own line; reading goes on with the next one."""
     # Bytes that are not UTF-8 become lone surrogates here, which set aside their own row and no other.
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -235,9 +319,14 @@ def _read_csv(stream: Any) -> Iterator[Record]:
                 raise csv.Error(f"record of more than {_CSV_LINES} lines")
             yield line
 
-    reader = csv.reader(lines(), strict=True)
-    header: list[str] | None = None
+    again.extend(itertools.islice(text, _SAMPLE_LINES))
     first = 1
+    if again and (told := re.fullmatch(r"sep=(.)\s*", again[0])):  # as Excel writes it
+        separator, first = told[1], 2
+        again.popleft()
+    separator = separator or _separator(list(again), file)
+    reader = csv.reader(lines(), strict=True, delimiter=separator)
+    header: list[str] | None = None
     while True:
         span.clear()
         try:
@@ -248,10 +337,12 @@ def _read_csv(stream: Any) -> Iterator[Record]:
             yield Record(first, span[0].rstrip("\r\n").encode(errors="surrogateescape"), f"not CSV: {error}")
             again.extendleft(reversed(span[1:]))
             first += 1
-            reader = csv.reader(lines(), strict=True)
+            reader = csv.reader(lines(), strict=True, delimiter=separator)
             continue
         if header is None:
-            header = row
+            header = row or None
+            if twice := [name for name, count in Counter(row).items() if name and count > 1]:
+                raise _twice(twice[0], file)  # columns without a name no recipe can mean
         elif row and len(row) != len(header):
             yield Record(first, json.dumps(row).encode(), "number of fields differs from the header's")
         elif row:
@@ -259,14 +350,84 @@ def _read_csv(stream: Any) -> Iterator[Record]:
         first += len(span)
 
 
-def _read_json(stream: Any, may_be_array: bool) -> Iterator[Record]:
-    """JSON lines as they are, to be parsed by whoever uses them, or one JSON array when the file begins with `[`."""
-    if may_be_array and stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
-        yield from _numbered(json.loads(stream.read().decode("utf-8-sig")))
-        return
-    for number, line in enumerate(stream, start=1):
+def _separator(sample: list[str], file: str) -> str:
+    """A comma where one parts the first line, else what parts that and the second one into as many fields."""
+    rows = {mark: list(itertools.islice(filter(None, csv.reader(sample, delimiter=mark)), 2)) for mark in _SEPARATORS}
+    if not sample or len(rows[","][0]) > 1:
+        return ","
+    fitting = [mark for mark, found in rows.items() if len(found[0]) > 1 and len({*map(len, found)}) == 1]
+    if len(fitting) > 1:
+        raise DataError(
+            f"Separator of a CSV file cannot be told (path={file}, candidates={fitting}). Expected one of them to part "
+            "the first lines. Save the file with commas."
+        )
+    return fitting[0] if fitting else ","
+
+
+def _read_json(stream: Any, named_lines: bool) -> Iterator[Record]:
+    """JSON lines as they are, to be parsed by whoever uses them; or the values of one array, or of objects that span
+    lines, where the first lines are none by themselves.
+    """
+    begin: list[bytes] = []  # up to the second line that is not empty
+    while sum(map(bool, map(bytes.strip, begin))) < 2 and (line := stream.readline()):
+        begin.append(line)
+    first, second = [*filter(None, (line.strip().removeprefix(codecs.BOM_UTF8) for line in begin)), b"", b""][:2]
+    array = first[:1] == b"[" and not (named_lines and _is_json(first))
+    if array or (first[:1] == b"{" and not _is_json(first) and not (second[:1] == b"{" and _is_json(second))):
+        content = b"".join([*begin, stream.read()])
+        values = _values(content.decode("utf-8-sig", errors="surrogateescape"))
+        records = (Record(i, value.encode(errors="surrogateescape")) for i, value in enumerate(values, start=1))
+        if array and not named_lines:
+            yield from records
+            return
+        try:
+            found = list(records)
+        except (ValueError, RecursionError):  # they are lines, the first of which is damaged
+            begin, stream = [], io.BytesIO(content)
+        else:
+            yield from found
+            return
+    for number, line in enumerate(itertools.chain(begin, stream), start=1):
         if line.strip():
             yield Record(number, line.rstrip(b"\r\n"))
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _values(text: str) -> Iterator[str]:
+    """The values of a JSON array, or those that follow each other, each as it is written.
+
+    Raises:
+        ValueError: where there is something else.
+    """
+    place = _after_space(text, 0)
+    array = text.startswith("[", place)
+    place = _after_space(text, place + array)
+    more = not (array and text.startswith("]", place))
+    while more:
+        start = place
+        _, place = _SKIPPING.raw_decode(text, start)
+        yield text[start:place]
+        place = _after_space(text, place)
+        more = text.startswith(",", place) if array else place < len(text)
+        place = _after_space(text, place + 1) if array and more else place
+    if array:
+        if not text.startswith("]", place):
+            raise ValueError(f"not JSON: an array is not closed at character {place}")
+        place = _after_space(text, place + 1)
+    if place < len(text):
+        raise ValueError(f"not JSON: something follows at character {place}")
+
+
+def _after_space(text: str, place: int) -> int:
+    found = _SPACE.match(text, place)
+    return found.end() if found else place
 
 
 def _read_lines(stream: Any) -> Iterator[Record]:
@@ -300,6 +461,41 @@ def _text_record(number: int, line: bytes) -> Record:
         return Record(number, line, "not UTF-8")
 
 
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def load_json(text: str) -> Any:
+    """The value that a JSON text is.
+
+    Raises:
+        ValueError: when it is none, or an object in it names a key twice.
+    """
+    try:
+        return _CHECKING.decode(text)
+    except _NamedTwice:
+        raise
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
+        raise ValueError(f"not JSON: {type(error).__name__}") from None
+
+
+class _NamedTwice(ValueError):
+    pass
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise _NamedTwice(f"key {twice!r} is named twice")
+    return found
+
+
+_CHECKING = json.JSONDecoder(object_pairs_hook=_once)
+_SKIPPING = json.JSONDecoder(parse_int=str, parse_float=str)  # tells where a value ends; what it is, `load_json` does
+
+
 # --- Hugging Face ----------------------------------------------------------------------------------------------------
 
 
@@ -317,7 +513,7 @@ def _read_hugging_face(source: HuggingFace, path: str) -> Iterator[Record]:
                 streaming=True,
             )  # fmt: skip
         yield from _numbered(rows)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         kind = f"{type(error).__name__}: {str(error)[:200]}"
         raise DataError(_UNREACHABLE.format(path=f"{source.path}, split={source.split}", error=kind)) from error
 

@@ -181,7 +181,8 @@ def _rows(
 
 def _aside(record: Record, reason: Unusable, requests: list[str] | None) -> dict[str, Any]:
     row = {"line": record.line, "reason": str(reason), "raw": raw_text(record)}
-    return {**row, "requests": requests} if requests else row
+    named = requests or list(reason.requests)
+    return {**row, "requests": named} if named else row
 
 
 def _windows(encoder: Encoder, example: Example, source: Text) -> list[Tokens]:

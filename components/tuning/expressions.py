@@ -19,6 +19,7 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
 }  # fmt: skip
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"abs": abs, "min": min, "max": max, "log10": math.log10}
+_DEPTH = 64  # parts within parts
 _OF_SEVERAL = ("min", "max")
 _AT_MOST, _AT_LEAST = (ast.Lt, ast.LtE), (ast.Gt, ast.GtE)
 
@@ -38,7 +39,7 @@ def value(expression: str, known: Known) -> float:
 
     Raises:
         KeyError: for a name that is not known.
-        ArithmeticError, ValueError: a division by 0, a logarithm of 0.
+        ArithmeticError, ValueError: a division by 0, a logarithm of 0, a name that stands for no number.
     """
     return float(_compiled(_parsed(expression), expression)[1](known))
 
@@ -58,7 +59,9 @@ def holds(condition: str, known: Mapping[str, Any]) -> bool:
 def _comparison(condition: str) -> ast.Compare:
     node = _parsed(condition)
     if not isinstance(node, ast.Compare) or len(node.ops) != 1 or not isinstance(node.ops[0], _AT_MOST + _AT_LEAST):
-        raise ConfigError(f"Condition is not understood ({condition}). Expected one comparison with <, <=, > or >=.")
+        raise ConfigError(
+            f"Condition is not understood ({condition:.200}). Expected one comparison with <, <=, > or >=."
+        )
     return node
 
 
@@ -70,41 +73,62 @@ def _sides(condition: str) -> tuple[ast.expr, ast.expr]:
 def _parsed(expression: str) -> ast.expr:
     try:
         return ast.parse(expression.strip(), mode="eval").body
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: nested too deeply for Python
         raise _not_understood(expression) from None
 
 
-def _compiled(node: ast.expr, whole: str) -> tuple[list[str], Callable[[Known], Any]]:
+def _compiled(node: ast.expr, whole: str, depth: int = 0) -> tuple[list[str], Callable[[Known], Any]]:
     """(the names in it, what computes it)."""
+    if depth > _DEPTH:
+        raise _not_understood(whole)
+
+    def inner(child: ast.expr) -> tuple[list[str], Callable[[Known], Any]]:
+        return _compiled(child, whole, depth + 1)
+
     match node:
-        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-            return [], lambda known: number
-        case ast.UnaryOp(op=ast.USub(), operand=inner):
-            used, of = _compiled(inner, whole)
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool) and _finite(number):
+            return [], lambda known: float(number)  # no whole number, which could grow without end
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            used, of = inner(operand)
             return used, lambda known: -of(known)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-            parts, combine = [_compiled(side, whole) for side in (left, right)], _OPERATORS[type(op)]
+            parts, combine = [inner(side) for side in (left, right)], _OPERATORS[type(op)]
         case ast.Call(func=ast.Name(id=name), args=[_, *_] as given, keywords=[]) if name in _FUNCTIONS and (
             len(given) > 1
         ) == (name in _OF_SEVERAL):
-            parts, combine = [_compiled(inner, whole) for inner in given], _FUNCTIONS[name]
+            parts, combine = [inner(argument) for argument in given], _FUNCTIONS[name]
         case ast.Name() | ast.Attribute() if dotted := _dotted(node):
-            return [dotted], lambda known: known[dotted]
+            return [dotted], lambda known: _number(dotted, known)
         case _:
             raise _not_understood(whole)
     return [name for used, _ in parts for name in used], lambda known: combine(*(of(known) for _, of in parts))
 
 
+def _finite(number: int | float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
+
+
+def _number(name: str, known: Known) -> float:
+    """What a name stands for: a text times a number would be a longer text."""
+    found = known[name]
+    if not isinstance(found, int | float):
+        raise ValueError(f"{name} is no number")
+    return float(found)
+
+
 def _dotted(node: ast.expr) -> str:
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute) and (before := _dotted(node.value)):
-        return f"{before}.{node.attr}"
-    return ""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
 
 
 def _not_understood(expression: str) -> ConfigError:
     return ConfigError(
-        f"Expression is not understood ({expression}). Expected numbers and names with + - * /, "
+        f"Expression is not understood ({expression:.200}). Expected numbers and names with + - * /, "
         f"{', '.join(_FUNCTIONS)}, such as abs(forget_truth_ratio - retain_only.forget_truth_ratio)."
     )
