@@ -11,7 +11,7 @@ from components.config import LmEval, digest
 from components.console import silent_stderr
 from components.errors import ConfigError, DataError
 from components.files import sha256, write_whole
-from components.models import inference_device, without_warnings
+from components.models import inference_device, load_model, load_tokenizer, without_warnings
 
 
 def general_ability(folder: Path, model_hash: str, config: LmEval, storage: Path) -> dict[str, float]:
@@ -19,6 +19,7 @@ def general_ability(folder: Path, model_hash: str, config: LmEval, storage: Path
 
     Raises:
         ConfigError: when the harness is not installed.
+        ModelError: when the model cannot be loaded.
         DataError: when a task cannot be had.
     """
     own = sorted(Path(config.include_path).rglob("*.yaml")) if config.include_path else []
@@ -48,13 +49,15 @@ def _run(folder: Path, config: LmEval) -> dict[str, float]:
             "evaluation.lm_eval needs EleutherAI's harness, which is not installed. Install it: "
             "pip install 'ray-unlearn[lm-eval]', or leave evaluation.lm_eval out."
         ) from error
+    # Loaded here, and not by the harness: no code of the folder is run, and no weight is made up.
+    model, tokenizer = load_model(folder, "auto").to(inference_device()), load_tokenizer(folder)
     try:
         manager = TaskManager(include_path=config.include_path)
         with without_warnings(), silent_stderr():  # a bar for each of its phases
             outcome: Any = lm_eval.simple_evaluate(
-                model="hf", model_args={"pretrained": str(folder), "trust_remote_code": False},
+                model="hf", model_args={"pretrained": model, "tokenizer": tokenizer},
                 tasks=list(config.tasks), num_fewshot=config.shots, limit=config.limit, batch_size=config.batch_size,
-                log_samples=False, device=str(inference_device()), task_manager=manager,
+                log_samples=False, device=str(model.device), task_manager=manager,
             )  # fmt: skip
     except (OSError, ValueError, KeyError) as error:  # data sets are fetched by the harness
         raise DataError(

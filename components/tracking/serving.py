@@ -1,4 +1,7 @@
-"""A model folder as MLflow's pyfunc, for `mlflow models serve`. MLflow stores this file with the model and runs it."""
+"""A model folder as MLflow's pyfunc, for `mlflow models serve`. MLflow stores this file with the model and runs it.
+
+It runs where this package is not installed, hence without `components.models`, the door of all other models.
+"""
 
 from typing import Any
 
@@ -14,7 +17,9 @@ class Answers(PythonModel):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder = context.artifacts["model"]
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, padding_side="left"
+        )
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.model = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
