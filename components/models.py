@@ -352,20 +352,31 @@ def _open_whole(folder: Path, kind: Kind, **options: Any) -> Any:
         ignore_mismatched_sizes=True,
         **options,
     )
-    unused = _UNUSED if kind == "classifier" else None
+    shapes = stored_tensors(folder)
     check_tensors(
         folder,
         KINDS[kind],
         missing=found["missing_keys"],
-        superfluous=[name for name in found["unexpected_keys"] if not (unused and unused.search(name))],
+        superfluous=[name for name in found["unexpected_keys"] if not _without_effect(name, shapes.get(name), kind)],
         reshaped=[f"{name} {tuple(one)}, not {tuple(other)}" for name, one, other in found["mismatched_keys"]],
         cure="Correct config.json, or save the whole model again.",
     )
     return model
 
 
-_UNUSED = re.compile(r"(^|\.)pooler\.")
-"""Many classifiers' folders keep the pooling layer of the encoder they were made from, which their class leaves out."""
+def _without_effect(name: str, shape: tuple[int, ...] | None, kind: Kind) -> bool:
+    """Whether a stored tensor may be left out, beside those that its class declares.
+
+    Folders written long ago hold causal masks and the numbers masked with; those of many classifiers the pooling layer
+    of the encoder that they were made from, which their class leaves out.
+    """
+    if _MASKS.search(name):
+        return shape == () or (shape is not None and len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3])
+    return kind == "classifier" and _POOLER.search(name) is not None
+
+
+_MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias|causal_mask)$")
+_POOLER = re.compile(r"(^|\.)pooler\.")
 
 
 def check_tensors(
