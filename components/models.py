@@ -2,16 +2,27 @@
 
 import hashlib
 import json
-import struct
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.config import Pretrained, Scratch, digest
 from components.data.prompts import TokenizerFacts
-from components.errors import ModelError
+from components.errors import ModelError, UnlearnError
 from components.files import sha256, whole_folder
+from components.model_files import (
+    KINDS,
+    Kind,
+    check_config,
+    check_files,
+    json_problem,
+    read_config,
+    some,
+    stored_tensors,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -28,11 +39,8 @@ def local_folder(model: Pretrained, storage: Path) -> Path:
     """
     path = Path(model.path).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
-            raise ModelError(
-                f"Model folder is incomplete (path={path}). Expected config.json and *.safetensors, as "
-                "save_pretrained writes them."
-            )
+        read_config(path)
+        weight_files(path)
         return path.resolve()
     if not _is_hub_id(model.path):
         raise ModelError(f"Model folder does not exist (path={path}). Expected a folder with config.json and weights.")
@@ -78,22 +86,6 @@ def fingerprint(folder: Path) -> str:
     return total.hexdigest()[:32]
 
 
-def parameter_count(folder: Path) -> int:
-    """Parameters stored in a folder's safetensors files, read from their headers without loading a tensor."""
-    count = 0
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                size = 1
-                for dimension in tensor["shape"]:
-                    size *= dimension
-                count += size
-    return count
-
-
 def scratch_parameter_count(scratch: Scratch) -> int:
     """Parameters of the Llama that `make_scratch` builds (tied embeddings, SwiGLU)."""
     width, inner = scratch.hidden_size, _inner_size(scratch)
@@ -107,14 +99,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     Raises:
         ModelError: when there is none, or when it has no EOS token to end answers with.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"Tokenizer cannot be loaded (path={folder}): {error}. Expected tokenizer.json in the model's folder."
-        ) from error
+    tokenizer = _open_tokenizer(folder)
     if not tokenizer.is_fast:
         raise ModelError(f"Tokenizer is not a fast one (path={folder}). Expected tokenizer.json; convert it first.")
     if tokenizer.eos_token_id is None:
@@ -123,6 +108,30 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
             "Set eos_token in tokenizer_config.json."
         )
     return tokenizer
+
+
+def _open_tokenizer(folder: Path) -> Any:
+    expected = "Expected tokenizer.json, as save_pretrained of a fast tokenizer writes it."
+    try:
+        return _from_folder("AutoTokenizer", folder, "Tokenizer", expected)
+    except ModelError as error:
+        problem = None if _NEEDS_CODE in str(error) else _tokenizer_problem(folder)
+        if problem is None:
+            raise
+        raise ModelError(f"Tokenizer cannot be loaded (path={folder}): {problem}. {expected}") from error
+
+
+def _tokenizer_problem(folder: Path) -> str | None:
+    """What the folder's files tell of a tokenizer that the library could not load; None when they look well."""
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
+        if (folder / name).exists() and (problem := json_problem(folder / name)):
+            return problem
+    if (folder / "tokenizer.json").exists():
+        return None
+    other = {*folder.glob("*.tiktoken"), *folder.glob("*.model"), *folder.glob("vocab.*"), *folder.glob("tekken.json")}
+    if not other:
+        return "there is no tokenizer in it"
+    return f"there is no tokenizer.json, only {some(sorted(file.name for file in other))}: convert it first"
 
 
 def tokenizer_facts(tokenizer: "PreTrainedTokenizerBase") -> TokenizerFacts:
@@ -150,81 +159,306 @@ def context_length(folder: Path) -> int | None:
 def hidden_size(folder: Path, last: bool) -> int:
     """Width of a decoder layer's output, or of the `last` hidden states that the output layer takes."""
     config = _text_config(folder)
-    return int(getattr(config, "word_embed_proj_dim", config.hidden_size) if last else config.hidden_size)
+    with _told("Model", folder, "Expected a config with hidden_size."):
+        return int(getattr(config, "word_embed_proj_dim", config.hidden_size) if last else config.hidden_size)
 
 
 def layer_count(folder: Path) -> int:
     """Decoder layers that the config names."""
-    return int(_text_config(folder).num_hidden_layers)
+    config = _text_config(folder)
+    with _told("Model", folder, "Expected a config with num_hidden_layers."):
+        return int(config.num_hidden_layers)
 
 
 def _text_config(folder: Path) -> Any:
-    from transformers import AutoConfig
+    return _from_folder("AutoConfig", folder, "Model", _EXPECTED).get_text_config()
 
-    return AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+
+_EXPECTED = "Expected a folder as save_pretrained writes it, of a model type that transformers knows."
+_AUTO: dict[Kind, str] = {"causal": "AutoModelForCausalLM", "classifier": "AutoModelForSequenceClassification"}
+
+
+def check_model(folder: Path, kind: Kind = "causal") -> None:
+    """Raise if the model or its tokenizer cannot be used, as far as can be known without reading a weight.
+
+    The model is made without memory for its weights (on torch's meta device) and compared with the names and shapes
+    of the stored tensors.
+
+    Raises:
+        ModelError: naming what is wrong with its files, config, tensors or tokenizer.
+    """
+    import torch
+
+    check_files(folder, kind)
+    config = _from_folder("AutoConfig", folder, "Model", _EXPECTED)
+    check_config(folder, config.to_dict(), kind)
+    tokenizer = load_tokenizer(folder) if kind == "causal" else _classifier_tokenizer(folder)
+    stored = {name: torch.empty(shape, device="meta") for name, shape in stored_tensors(folder).items()}
+    try:
+        model = _open_whole(
+            folder, kind, config=config, dtype=torch.float32, state_dict=stored, device_map={"": "meta"}
+        )
+        if kind == "causal":
+            _check_output_layer(model, folder)
+    except ModelError as error:
+        if not isinstance(error.__cause__, NotImplementedError):  # torch's, where numbers are needed: loading will tell
+            raise
+    _check_vocabulary(folder, config, tokenizer)
+
+
+def _check_vocabulary(folder: Path, config: Any, tokenizer: Any) -> None:
+    """Raise if the tokenizer gives ids that the model has no embedding for."""
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if not tokenizer.is_fast or not isinstance(rows, int):
+        return
+    plain = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()
+    highest = max([*plain, *(i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None)], default=-1)
+    if highest >= rows:
+        raise ModelError(
+            f"Tokenizer and model do not belong together (path={folder}, highest token id={highest}, "
+            f"vocab_size={rows}). Expected an embedding for each token. Put the model's own tokenizer into the folder."
+        )
 
 
 def load_model(folder: Path, dtype: str = "fp32") -> Any:
-    """The model in evaluation mode.
+    """The model in evaluation mode; `dtype` is fp32, bf16, or auto for that of the folder.
 
     Raises:
-        ModelError: when it cannot be loaded from safetensors, or when its logits are not `head(base(x))`, which the
-            training step and the cached reference rely on (such as logits that are soft-capped or scaled).
+        ModelError: when it cannot be loaded from safetensors, when tensors are missing, superfluous or of another
+            shape, or when its logits are not `head(base(x))`, which the training step and the cached reference rely
+            on (such as logits that are soft-capped or scaled).
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype],
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"Model cannot be loaded (path={folder}): {str(error)[:300]}. Expected a causal language model in "
-            "safetensors, of a kind that transformers knows: code from the model's own folder is never run."
-        ) from error
-    model.eval()
+    check_files(folder)
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": "auto"}
+    model = _open_whole(folder, "causal", dtype=types[dtype]).eval()
+    with _told("Model", folder, f"Expected a {KINDS['causal']} that takes token ids alone."):
+        _check_logits(model, folder)
+    return model
+
+
+def _check_logits(model: Any, folder: Path) -> None:
+    """Try the model on four tokens: causal, finite, and with logits that are the output layer's."""
+    import torch
+
+    head = _output_layer(model, folder)
+    probe = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 1]])
     with torch.no_grad():
-        probe = torch.tensor([[0, 1, 2, 3]])
         whole = model(input_ids=probe, use_cache=False).logits
-        parts = model.get_output_embeddings()(model.base_model(input_ids=probe, use_cache=False).last_hidden_state)
+        parts = head(model.base_model(input_ids=probe, use_cache=False).last_hidden_state)
     if not torch.isfinite(whole).all():
         raise ModelError(f"Model gives numbers that are not finite (path={folder}). Expected sound weights.")
-    if not torch.equal(whole, parts):
+    if (whole[0, :3] - whole[1, :3]).norm() > 1e-2 * whole[0, :3].norm():
         raise ModelError(
-            f"Model changes its logits after the output layer (path={folder}, class={type(model).__name__}). "
-            "Expected logits that are the output layer's; soft-capped or scaled ones are not supported."
+            f"Model is no {KINDS['causal']} (path={folder}, class={type(model).__name__}): its output at a token "
+            "depends on the tokens after it. Expected one that reads from left to right."
         )
-    return model
+    if not torch.equal(whole, parts):
+        raise _changed_logits(model, folder)
+
+
+def _output_layer(model: Any, folder: Path) -> Any:
+    head = model.get_output_embeddings()
+    if model.base_model is model or head is None:
+        raise ModelError(
+            f"Model has no base model with an output layer on it (path={folder}, class={type(model).__name__}). "
+            f"Expected a {KINDS['causal']} whose base model gives the last hidden states."
+        )
+    return head
+
+
+def _changed_logits(model: Any, folder: Path) -> ModelError:
+    return ModelError(
+        f"Model changes its logits after the output layer, or the hidden states before it (path={folder}, "
+        f"class={type(model).__name__}). Expected logits that are the output layer's; soft-capped or scaled ones, and "
+        "further layers in between, are not supported."
+    )
+
+
+def _check_output_layer(model: Any, folder: Path) -> None:
+    """What `_check_logits` tells of the output layer, for a model without numbers (on torch's meta device).
+
+    Its base model and output layer are replaced by small ones with numbers; all that lies between and behind is run.
+    """
+    import torch
+
+    width = _output_layer(model, folder).weight.shape[1]
+    states, small = torch.randn(1, 4, width), torch.nn.Linear(width, 8, bias=False)
+    asked = []
+
+    def give(*arguments: Any, **options: Any) -> _Given:
+        asked.append(True)
+        return _Given(states)
+
+    model.base_model.forward = give
+    model.set_output_embeddings(small)
+    try:
+        with torch.no_grad():
+            same = torch.equal(model(input_ids=torch.tensor([[0, 1, 2, 3]]), use_cache=False).logits, small(states))
+    except Exception as error:
+        if asked and isinstance(error, RuntimeError) and "meta" in str(error):  # a layer behind the base took part
+            raise _changed_logits(model, folder) from error
+        return  # it uses its base model in another way: loading will tell
+    if not same:
+        raise _changed_logits(model, folder)
+
+
+class _Given:
+    """Stands for the output of a base model that gives last hidden states and nothing else."""
+
+    def __init__(self, states: "torch.Tensor"):
+        self.last_hidden_state = states
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.last_hidden_state if place == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def load_classifier(folder: Path) -> tuple[Any, Any]:
     """(sequence classifier in evaluation mode, its tokenizer).
 
     Raises:
-        ModelError: when it cannot be loaded from safetensors.
+        ModelError: when it cannot be loaded from safetensors, or when tensors are missing, superfluous or of another
+            shape.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    check_files(folder, "classifier")
+    model, tokenizer = _open_whole(folder, "classifier"), _classifier_tokenizer(folder)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
 
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        if tokenizer.pad_token is None:
-            raise ValueError("its tokenizer knows neither a token to pad with nor an EOS")
-        model.config.pad_token_id = tokenizer.pad_token_id
-        return model.eval(), tokenizer
-    except (OSError, ValueError, KeyError) as error:
+
+def _classifier_tokenizer(folder: Path) -> Any:
+    tokenizer = _open_tokenizer(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
         raise ModelError(
-            f"Classifier cannot be loaded (path={folder}): {str(error)[:300]}. Expected a sequence classifier in "
-            "safetensors with its tokenizer."
-        ) from error
+            f"Tokenizer of the classifier has neither a token to pad with nor an EOS (path={folder}). Expected one. "
+            "Set pad_token in tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def _open_whole(folder: Path, kind: Kind, **options: Any) -> Any:
+    """The model with exactly its stored tensors.
+
+    Raises:
+        ModelError: naming tensors that are missing, superfluous or of another shape.
+    """
+    model, found = _from_folder(
+        _AUTO[kind],
+        folder,
+        KINDS[kind].capitalize(),
+        _EXPECTED,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **options,
+    )
+    shapes = stored_tensors(folder)
+    check_tensors(
+        folder,
+        KINDS[kind],
+        missing=found["missing_keys"],
+        superfluous=[name for name in found["unexpected_keys"] if not _without_effect(name, shapes.get(name), kind)],
+        reshaped=[f"{name} {tuple(one)}, not {tuple(other)}" for name, one, other in found["mismatched_keys"]],
+        cure="Correct config.json, or save the whole model again.",
+    )
+    return model
+
+
+def _without_effect(name: str, shape: tuple[int, ...] | None, kind: Kind) -> bool:
+    """Whether a stored tensor may be left out, beside those that its class declares.
+
+    Folders written long ago hold causal masks and the numbers masked with; those of many classifiers the pooling layer
+    of the encoder that they were made from, which their class leaves out.
+    """
+    if _MASKS.search(name):
+        return shape == () or (shape is not None and len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3])
+    return kind == "classifier" and _POOLER.search(name) is not None
+
+
+_MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias|causal_mask)$")
+_POOLER = re.compile(r"(^|\.)pooler\.")
+
+
+def check_tensors(
+    place: Path,
+    what: str,
+    *,
+    missing: Collection[str],
+    superfluous: Collection[str],
+    cure: str,
+    reshaped: Collection[str] = (),
+) -> None:
+    """Raise if stored tensors are not exactly those of `what`.
+
+    Libraries draw missing weights at random and drop superfluous ones, with a warning at most. Tensors that a class of
+    transformers declares to be without effect, such as old buffers, are neither.
+
+    Raises:
+        ModelError: naming the tensors.
+    """
+    named = {"missing": missing, "superfluous": superfluous, "of another shape": reshaped}
+    problems = [f"{how}: {some(sorted(names))}" for how, names in named.items() if names]
+    if problems:
+        raise ModelError(
+            f"Tensors are not those of the {what} (path={place}): {'; '.join(problems)}. Expected exactly its own: "
+            f"nothing is made up or left out. {cure}"
+        )
+
+
+def _from_folder(auto: str, folder: Path, what: str, expected: str, **options: Any) -> Any:
+    """The one door to transformers' `from_pretrained`: nothing is downloaded, and no code of the folder is run.
+
+    `auto` names one of transformers' Auto classes. With `state_dict`, its tensors are taken in place of the folder's,
+    for the model of `config`. Without `trust_remote_code=False`, transformers asks on the terminal whether to run the
+    folder's code, and runs it when the answer is y.
+
+    Raises:
+        ModelError: in place of whatever the library raises.
+    """
+    with _told(what, folder, expected):
+        import torch
+        import transformers
+
+        door = getattr(transformers, auto)
+        if "state_dict" not in options:
+            return door.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        with torch.device("meta"):  # the class and its config, which Auto classes choose; no memory
+            model = door.from_config(options["config"], dtype=options["dtype"], trust_remote_code=False)
+        options["config"] = model.config
+        return type(model).from_pretrained(None, local_files_only=True, trust_remote_code=False, **options)
+
+
+@contextmanager
+def _told(what: str, folder: Path, expected: str) -> Iterator[None]:
+    """Turn whatever a library raises on a foreign folder into an error that names the folder and the cause.
+
+    Raises:
+        ModelError: in place of any Exception but our own.
+    """
+    try:
+        yield
+    except UnlearnError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{what} cannot be loaded (path={folder}): {_cause(error)}. {expected}") from error
+
+
+_NEEDS_CODE = "it needs code from its own folder, which is never run"
+
+
+def _cause(error: Exception) -> str:
+    """What a library says, on one line: without lists of all its classes, nor the advice to run the folder's code."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return _NEEDS_CODE
+    text = text.partition("Model type should be one of")[0]
+    text = text if len(text) <= 200 else f"{text[:199]}…"
+    return f"{type(error).__name__}: {text}".rstrip(" .:")
 
 
 def check_packing(model: Any, folder: Path) -> None:

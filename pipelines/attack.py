@@ -28,7 +28,14 @@ from components.models import context_length, fingerprint, load_tokenizer, token
 from components.training.job import Job
 from components.training.launch import run_job
 from pipelines.cli import Command, leave, ray_session, run_cli, say, storage_folder
-from pipelines.evaluate import compared_models, given_models, prepare_questions, score_model, with_folders
+from pipelines.evaluate import (
+    check_folders,
+    compared_models,
+    given_models,
+    prepare_questions,
+    score_model,
+    with_folders,
+)
 from pipelines.evidence import add_evidence, evidence_of, own_run
 from pipelines.finetune import Model, check_inputs
 from pipelines.training import telling
@@ -91,6 +98,7 @@ def run(command: Command) -> None:
 
 def plan(command: Command) -> str:
     """What would be tried, for --dry-run."""
+    check_folders(command)
     attacks = command.recipe.attacks
     relearned = f"relearning after {attacks.relearn.steps} steps" if attacks.relearn else "no relearning"
     prompts = f"prompts {', '.join(attacks.prefixes) or 'none'}; {attacks.shots} examples"

@@ -24,12 +24,13 @@ from components.evaluation.metrics import mean_logp
 from components.evaluation.report import changes_table, metrics_table
 from components.evaluation.scoring import score
 from components.evidence import Evaluated
-from components.models import fingerprint, load_tokenizer, local_folder, tokenizer_facts
+from components.model_files import check_files
+from components.models import check_model, fingerprint, load_tokenizer, local_folder, tokenizer_facts
 from components.tracking.client import make_client
 from components.tracking.promotion import fetch_registered
 from pipelines.cli import Command, leave, ray_session, run_cli, say, storage_folder, tracking_uri
 from pipelines.evidence import add_evidence, evidence_of, own_run
-from pipelines.finetune import Model, check_context, check_inputs, make_models
+from pipelines.finetune import Model, check_context, check_inputs, check_plan, make_models
 from pipelines.prepare import set_aside
 from pipelines.training import telling
 
@@ -61,8 +62,21 @@ def run(command: Command) -> None:
 
 def plan(command: Command) -> str:
     """What would be scored, for --dry-run."""
+    check_folders(command)
     models = ["original", "retain-only", *(command.words or _own_result(command))]
     return f"\nPlan: models {', '.join(models)}; sets {', '.join(command.recipe.evaluation.sets)}"
+
+
+def check_folders(command: Command) -> None:
+    """Refuse folders of the recipe or the command line that cannot be used, as far as their files tell it at once.
+
+    Raises:
+        ModelError: naming the folder.
+    """
+    check_plan(command.recipe)
+    for path in map(Path, command.words):
+        if path.expanduser().is_dir():
+            check_files(path.expanduser())
 
 
 def with_folders(recipe: Recipe) -> Recipe:
@@ -87,7 +101,10 @@ def given_models(command: Command) -> list[Path]:
     """Folders of the models on the command line, else of the recipe's own run."""
     if command.runs and not command.words and not _own_result(command):
         say("no finished run of this recipe is there to compare with; name models to add them")
-    return [_model_folder(command.recipe, path) for path in command.words or _own_result(command)]
+    folders = [_model_folder(command.recipe, path) for path in command.words or _own_result(command)]
+    for folder in folders:
+        check_model(folder)
+    return folders
 
 
 def compared_models(recipe: Recipe, given: list[Path]) -> dict[str, Model]:

@@ -41,14 +41,15 @@ from components.data.sources import fingerprint as source_fingerprint
 from components.data.sources import hub_commit, read_records, source_files
 from components.errors import ConfigError
 from components.files import sha256
+from components.model_files import Kind, check_files, parameter_count
 from components.models import (
+    check_model,
     context_length,
     fingerprint,
     layer_count,
     load_tokenizer,
     local_folder,
     make_scratch,
-    parameter_count,
     tokenizer_facts,
 )
 from components.training.checkpoint_files import Place, remove_all
@@ -81,6 +82,7 @@ def run(command: Command) -> None:
 def plan(command: Command) -> str:
     """What would be made, for --dry-run."""
     recipe = command.recipe
+    check_plan(recipe)
     if not recipe.finetune:
         return "\nPlan: nothing to make, the recipe names its models."
     lines = [f"\nPlan: models under {storage_folder(recipe) / 'models'}"]
@@ -214,15 +216,25 @@ def check_inputs(recipe: Recipe) -> None:
         ConfigError, DataError, ModelError: naming the first thing that is wrong.
     """
     check_sources(recipe)
+    for model, kind in _models(recipe):
+        check_model(local_folder(model, storage_folder(recipe)), kind)
     for model in _given_models(recipe):
-        folder = local_folder(model, storage_folder(recipe))
-        load_tokenizer(folder)
-        check_context(recipe, folder)
-    for model in _measuring_models(recipe):
-        local_folder(model, storage_folder(recipe))
+        check_context(recipe, local_folder(model, storage_folder(recipe)))
     if recipe.finetune and isinstance(recipe.finetune.base, Scratch):
         _check_length(recipe, recipe.finetune.base.context, "finetune.base")
     _check_objective(recipe)
+
+
+def check_plan(recipe: Recipe) -> None:
+    """What `check_inputs` says of models whose folders are on this machine, as far as their files tell it at once.
+
+    Raises:
+        ModelError: naming a folder that cannot be used.
+    """
+    for model, kind in _models(recipe):
+        path = Path(model.path).expanduser()
+        if path.is_dir():
+            check_files(path, kind)
 
 
 def _check_objective(recipe: Recipe) -> None:
@@ -255,8 +267,7 @@ def check_sources(recipe: Recipe) -> None:
 def inputs_digest(recipe: Recipe) -> str:
     """Changes with the content of the recipe's files, given models and custom terms."""
     storage = storage_folder(recipe)
-    asked = [*_given_models(recipe), *_measuring_models(recipe)]
-    models = [fingerprint(local_folder(model, storage)) for model in asked]
+    models = [fingerprint(local_folder(model, storage)) for model, _ in _models(recipe)]
     made_from: list[Any] = [[source_fingerprint(source, storage) for source in _sources(recipe)], models]
     for term in recipe.objective.terms().values():
         if isinstance(term, Custom):
@@ -278,12 +289,13 @@ def _given_models(recipe: Recipe) -> list[Pretrained]:
     return [m for m in (recipe.models.original, recipe.models.retain_only, base) if isinstance(m, Pretrained)]
 
 
-def _measuring_models(recipe: Recipe) -> list[Pretrained]:
-    """What the evaluation asks beside the models that it is of."""
+def _models(recipe: Recipe) -> list[tuple[Pretrained, Kind]]:
+    """Every model that the recipe names, the evaluation's included, and what it must be."""
     judge, reference = recipe.evaluation.judge, recipe.evaluation.reference
-    found = [reference] if reference else []
+    causal = [*_given_models(recipe), *([reference] if reference else [])]
+    found: list[tuple[Pretrained, Kind]] = [(model, "causal") for model in causal]
     if isinstance(judge, Classifier):
-        found.append(judge.model)
+        found.append((judge.model, "classifier"))
     return found
 
 
@@ -336,7 +348,8 @@ def planned_parameters(recipe: Recipe) -> int | None:
     given = recipe.models.original or (recipe.finetune.base if recipe.finetune else None)
     if isinstance(given, Scratch):
         return scratch_parameter_count(given)
-    return parameter_count(Path(given.path)) if given and Path(given.path).is_dir() else None
+    path = Path(given.path).expanduser() if given else None
+    return parameter_count(path) if path and path.is_dir() else None
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from components.tuning.search import next_point, planned_trials
 from components.tuning.spaces import load_sweep, sweep_name
 from components.tuning.trials import Sweep, Trial, goal_name, trials_csv
 from pipelines.cli import exit_code, leave, ray_session, say, storage_folder
-from pipelines.finetune import count_rows, planned_steps
+from pipelines.finetune import check_plan, count_rows, planned_steps
 from pipelines.sweeps.outcome import summary_text, write_files
 from pipelines.sweeps.shared import tidy
 
@@ -61,6 +61,7 @@ def parse(arguments: Sequence[str]) -> Sweep:
 def plan(sweep: Sweep) -> str:
     """Trials, their estimated time, and where, for --dry-run."""
     recipe, space = sweep.recipe, sweep.space
+    check_plan(recipe)
     count = planned_trials(space, sweep.settings)
     steps = planned_steps(recipe.train, count_rows(recipe.data.forget))
     done = [trial for trial in sweep.trials() if trial.state == "finished"]

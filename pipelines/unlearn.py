@@ -20,7 +20,8 @@ from components.console import duration, utc
 from components.errors import ConfigError
 from components.evidence import WITHOUT_INTERVAL
 from components.files import only_one, read_lines, write_whole, writing
-from components.models import load_tokenizer, parameter_count, tokenizer_facts
+from components.model_files import parameter_count
+from components.models import load_tokenizer, tokenizer_facts
 from components.tracking.client import shown_uri
 from components.tracking.follow import follow
 from components.tracking.registry import candidates
@@ -37,6 +38,7 @@ from pipelines.finetune import (
     check_cluster_for,
     check_context,
     check_inputs,
+    check_plan,
     count_rows,
     inputs_digest,
     make_models,
@@ -115,6 +117,7 @@ def plan(command: Command) -> str:
     """Effective batch, steps, parameters and run folder, for --dry-run."""
     recipe, train = command.recipe, command.recipe.train
     _check_gates(recipe)
+    check_plan(recipe)
     rows = {name: count_rows(getattr(recipe.data, name)) for name in ("forget", "normal", "random")}
     steps = planned_steps(train, rows["forget"])
     ranks = max(1, train.workers)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from components.models import load_tokenizer, parameter_count
+from components.model_files import parameter_count
+from components.models import load_tokenizer
 from tests.test_pipelines import ROOT, command
 
 RECIPE = str(ROOT / "pipelines" / "recipes" / "tofu-forget01-stories260k.yaml")

@@ -12,7 +12,7 @@ from components.console import silent_stderr
 from components.errors import ConfigError, DataError
 from components.files import sha256, write_whole
 from components.generation import find_batching, own_generation
-from components.models import context_length, inference_device, without_warnings
+from components.models import context_length, inference_device, load_model, load_tokenizer, without_warnings
 
 _FORMAT = 2  # raise when the same files give other numbers
 
@@ -22,6 +22,7 @@ def general_ability(folder: Path, model_hash: str, config: LmEval, storage: Path
 
     Raises:
         ConfigError: when the harness is not installed.
+        ModelError: when the model cannot be loaded.
         DataError: when a task cannot be had.
     """
     own = sorted(Path(config.include_path).rglob("*.yaml")) if config.include_path else []
@@ -52,27 +53,22 @@ def _run(folder: Path, config: LmEval) -> dict[str, float]:
             "evaluation.lm_eval needs EleutherAI's harness, which is not installed. Install it: "
             "pip install 'ray-unlearn[lm-eval]', or leave evaluation.lm_eval out."
         ) from error
+    # Loaded here, and not by the harness: no code of the folder is run, and no weight is made up.
+    model, tokenizer = load_model(folder, "auto").to(inference_device()), load_tokenizer(folder)
     try:
         manager = TaskManager(include_path=config.include_path)
         with without_warnings(), silent_stderr():  # a bar for each of its phases
             harness = HFLM(
-                str(folder),
-                trust_remote_code=False,
-                batch_size=config.batch_size,
-                device=str(inference_device()),
+                model, tokenizer=tokenizer, batch_size=config.batch_size, device=str(model.device),
                 max_length=context_length(folder),
-            )
-            own_generation(harness.model, harness.tokenizer)
-            if find_batching(harness.model) != "padded":
+            )  # fmt: skip
+            own_generation(model, tokenizer)
+            if find_batching(model) != "padded":
                 harness.batch_size_per_gpu = 1
             outcome: Any = lm_eval.simple_evaluate(
-                model=harness,
-                tasks=list(config.tasks),
-                num_fewshot=config.shots,
-                limit=config.limit,
-                log_samples=False,
-                task_manager=manager,
-            )
+                model=harness, tasks=list(config.tasks), num_fewshot=config.shots, limit=config.limit,
+                log_samples=False, task_manager=manager,
+            )  # fmt: skip
     except (OSError, ValueError, KeyError) as error:  # data sets are fetched by the harness
         raise DataError(
             f"Task of lm-eval cannot be had (tasks={list(config.tasks)}): {type(error).__name__} {str(error)[:300]}. "

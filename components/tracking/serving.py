@@ -1,11 +1,16 @@
-"""A model folder as MLflow's pyfunc, for `mlflow models serve`. MLflow stores this file with the model and runs it."""
+"""A model folder as MLflow's pyfunc, for `mlflow models serve`.
 
+MLflow stores this file and our `components` with the model, and runs them where this package is not installed.
+"""
+
+from pathlib import Path
 from typing import Any
 
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
 from components.generation import find_batching, generate_answers, own_generation
+from components.models import load_model, load_tokenizer
 
 
 class Answers(PythonModel):
@@ -13,13 +18,8 @@ class Answers(PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Load weights and tokenizer, from safetensors only."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        folder = context.artifacts["model"]
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
-        ).eval()
+        folder = Path(context.artifacts["model"])
+        self.model, self.tokenizer = load_model(folder, "auto"), load_tokenizer(folder)
         self.ends = own_generation(self.model, self.tokenizer)
         self.batching = find_batching(self.model)
 

@@ -12,7 +12,7 @@ from components.errors import ConfigError
 from components.files import whole_folder
 from components.layers import check_layer, cut_after, parameters_above
 from components.matrices import block_matrices
-from components.models import load_model, load_tokenizer, save_model
+from components.models import check_tensors, load_model, load_tokenizer, save_model
 from components.training.engine import AnswerModel
 from components.training.job import Job
 
@@ -145,8 +145,16 @@ def _merged(job: Job, state: dict[str, Tensor]) -> Any:
     model = load_model(Path(job.model), job.train.dtype)
     adapted = peft.get_peft_model(model, _adapter_config(job.train.lora, model))
     own = adapted.base_model.model.state_dict()
-    adapters = {name: tensor.to(own[name].dtype) for name, tensor in state.items() if "lora_" in name}
-    adapted.base_model.model.load_state_dict(adapters, strict=False)
+    wanted, trained = ({name for name in tensors if "lora_" in name} for tensors in (own, state))
+    check_tensors(
+        Path(job.output),
+        "model's adapters",
+        missing=wanted - trained,
+        superfluous=trained - wanted,
+        cure="Train the model again.",
+    )
+    adapters = {name: state[name].to(own[name].dtype) for name in trained}
+    adapted.base_model.model.load_state_dict(adapters, strict=False)  # the rest is the original's
     if job.train.lora.export_adapter:
         with whole_folder(Path(f"{job.output}-adapter")) as folder:
             adapted.save_pretrained(folder)
