@@ -67,7 +67,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 @contextmanager
 def silent_stderr() -> Iterator[None]:
     """Inside, nothing reaches the terminal by the file descriptor of stderr, as C++ and subprocesses write to it."""
-    with open(os.devnull, "w") as nothing, redirect_stderr(nothing):
+    with open(os.devnull, "w", encoding="utf-8") as nothing, redirect_stderr(nothing):
         kept = os.dup(2)
         os.dup2(nothing.fileno(), 2)
         try:

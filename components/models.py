@@ -138,7 +138,7 @@ def context_length(folder: Path) -> int | None:
     """Longest input that the model's config allows, in tokens; None when it names no limit."""
     if not (folder / "config.json").exists():
         return None
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return config.get("max_position_embeddings") or config.get("n_positions")
 
 

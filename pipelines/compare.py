@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _compare(options: argparse.Namespace) -> None:
     cells = cells_of(options.comparison, options.settings)
-    if options.into and (not options.into.is_file() or options.into.read_text().count(_MARK) != 2):
+    if options.into and (not options.into.is_file() or options.into.read_text(encoding="utf-8").count(_MARK) != 2):
         raise ConfigError(f"{options.into} is no file with two lines {_MARK}, between which the table would stand.")
     recipes = [parse_arguments(cell.arguments).recipe for cell in cells]  # all mistakes before the first run
     if options.dry_run:
@@ -87,7 +87,7 @@ def _compare(options: argparse.Namespace) -> None:
         results.append(_result(cell, recipe))
     say("\n" + table(HEADER, results))
     if options.into:
-        before, _, after = options.into.read_text().split(_MARK)
+        before, _, after = options.into.read_text(encoding="utf-8").split(_MARK)
         write_whole(options.into, f"{before}{_MARK}\n{_markdown(HEADER, results)}\n{_MARK}{after}")
 
 
@@ -126,7 +126,11 @@ HEADER = (
 def _result(cell: Cell, recipe: Recipe) -> list[str]:
     """A line of the table; the run is made when it is not there."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("unlearn.py")), *cell.arguments], capture_output=True, text=True
+        [sys.executable, str(Path(__file__).with_name("unlearn.py")), *cell.arguments],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     if done.returncode:
         raise TrainingError(
@@ -134,7 +138,7 @@ def _result(cell: Cell, recipe: Recipe) -> list[str]:
             f"python pipelines/unlearn.py {' '.join(cell.arguments)}"
         )
     folder = run_folder(recipe, inputs_digest(recipe))
-    metrics = json.loads((folder / "summary.json").read_text())["metrics"]["unlearned"]
+    metrics = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["metrics"]["unlearned"]
     lines = read_lines(folder / "metrics.jsonl")
     return [cell.row, cell.column, *(number(metrics.get(name)) for name in _METRICS), *_course(lines)]
 

@@ -67,7 +67,7 @@ def prepare(
     folder = storage / "prepared" / key
     if not (folder / "summary.json").exists():
         _write(sources, kind, data, tokenizer, folder, need, tell or (lambda line: None))
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     prepared = Prepared(folder, key, summary["good"], summary["bad"])
     _check(prepared, summary, sources, data)
     return prepared
@@ -94,7 +94,7 @@ def prepared_digest(
 
 def summary_of(prepared: Prepared) -> dict[str, Any]:
     """Counts of a prepared set: good, bad and filtered rows, bad ones by reason, tokens, longest prompt and answer."""
-    return json.loads((prepared.folder / "summary.json").read_text())
+    return json.loads((prepared.folder / "summary.json").read_text(encoding="utf-8"))
 
 
 def _write(
@@ -128,7 +128,7 @@ def _write(
             shutil.move(partial, unusable)
             _check(Prepared(unusable, "", 0, summary["bad"]), summary, sources, data)
         _remove_others(partial, summary.pop("chunks"))
-        (partial / "summary.json").write_text(json.dumps(summary, indent=1))
+        (partial / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
 
 
 def _remove_others(folder: Path, chunks: list[str]) -> None:

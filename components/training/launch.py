@@ -217,7 +217,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
     context = ray.train.get_context()
     if job.group and context.get_world_rank() == 0 and (group := ray.util.get_current_placement_group()):
-        Path(job.group).write_text(group.id.hex())
+        Path(job.group).write_text(group.id.hex(), encoding="utf-8")
     with watched(job.system if context.get_local_rank() == 0 else None, context.get_node_rank()):
         return train_loop(
             job, context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device(),

@@ -253,7 +253,7 @@ def _free_groups(sweep: Sweep, folder: Path) -> None:
     if in_process(sweep.recipe):
         return
     file = folder / "group"
-    for identity in [file.read_text()] if file.exists() else _groups_of_nobody(sweep):
+    for identity in [file.read_text(encoding="utf-8")] if file.exists() else _groups_of_nobody(sweep):
         remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(identity))))
 
 
@@ -266,7 +266,9 @@ def _groups_of_nobody(sweep: Sweep) -> list[str]:
     from ray.util import placement_group_table
 
     running = [trial for trial in sweep.trials() if trial.state == "running"]
-    named = {(trial.folder / "group").read_text() for trial in running if (trial.folder / "group").exists()}
+    named = {
+        (trial.folder / "group").read_text(encoding="utf-8") for trial in running if (trial.folder / "group").exists()
+    }
     if "RAY_ADDRESS" in os.environ or len(named) < len(running):
         return []
     train = sweep.recipe.train
