@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from components.config import Recipe, run_name
-from components.console import progress_line, silent_stderr
+from components.console import progress_line, silent_stderr, steady_console
 from components.errors import ClusterError, ConfigError, Stopped, own_error
 from components.files import refused
 from components.load_config import load_recipe
@@ -55,7 +55,7 @@ def run_cli(
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the plan, then stop")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     add_options(parser)
-    options = parser.parse_intermixed_args(argv)
+    options = parsed(parser, argv)
 
     def act() -> None:
         command = parse_arguments(options.arguments, bool(words))._replace(options=options)
@@ -66,6 +66,12 @@ def run_cli(
             run(command)
 
     return exit_code(act, options.debug)
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command line, by default this process's. From here on, printing cannot fail."""
+    steady_console()
+    return parser.parse_intermixed_args(argv)
 
 
 def exit_code(act: Callable[[], None], debug: bool) -> int:

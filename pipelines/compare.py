@@ -23,7 +23,7 @@ from components.config import Recipe, Section
 from components.console import number, table
 from components.errors import ConfigError, TrainingError
 from components.files import read_lines, write_whole
-from pipelines.cli import exit_code, leave, parse_arguments, say
+from pipelines.cli import exit_code, leave, parse_arguments, parsed, say
 from pipelines.finetune import inputs_digest
 from pipelines.unlearn import run_folder
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--into", type=Path, metavar="FILE.md", help="Markdown file that holds the table")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, then stop")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    options = parser.parse_intermixed_args(argv)
+    options = parsed(parser, argv)
     return exit_code(lambda: _compare(options), options.debug)
 
 
