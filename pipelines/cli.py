@@ -162,8 +162,8 @@ def _paragraph(error: Exception) -> str:
     return f"Unexpected {type(error).__name__}: {_first_line(error)} Run again with --debug for the traceback."
 
 
-# No space, no quota, no right, read-only
-_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+# No space, no quota, no right, read-only, too long a name
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
 
 def _first_line(error: Exception) -> str:

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from pydantic import Field, ValidationError
 
 from components.config import Recipe, Section
 from components.console import number, table
 from components.errors import ConfigError, TrainingError
 from components.files import read_lines, write_whole
+from components.load_config import read_yaml
 from pipelines.cli import exit_code, leave, parse_arguments, parsed, say
 from pipelines.finetune import inputs_digest
 from pipelines.unlearn import run_folder
@@ -98,8 +98,8 @@ def cells_of(file: Path, settings: Sequence[str]) -> list[Cell]:
         ConfigError: when the file is not a comparison, or a row names a column that it has not.
     """
     try:
-        comparison = Comparison.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+        comparison = Comparison.model_validate(read_yaml(file, "comparison"))
+    except ValidationError as error:
         raise ConfigError(f"{file} is not a comparison: {error}") from None
     unknown = {name for row in comparison.rows.values() for name in row.columns} - {*comparison.columns}
     if unknown:

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import unicodedata
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -59,10 +60,12 @@ def read_requests(path: str) -> RequestFile:
         if line.strip():
             try:
                 found.append(Request.model_validate(json.loads(line)))
+                if (count := _combinations(found[-1])) > _MOST:
+                    problems.append(f"line {number}: where: stands for {count:,} combinations; expected {_MOST:,}")
             except ValidationError as error:
                 first = error.errors(include_url=False)[0]
                 problems.append(f"line {number}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 problems.append(f"line {number}: not JSON: {error}")
     ids = [request.request_id for request in found]
     problems += [f"{name} occurs twice" for name in dict.fromkeys(ids) if ids.count(name) > 1]
@@ -72,6 +75,14 @@ def read_requests(path: str) -> RequestFile:
             'such as {"request_id": "R-1", "received": "2026-01-31", "legal_basis": "…", "where": {"person": "…"}}.'
         )
     return RequestFile(hashlib.sha256(content).hexdigest(), found)
+
+
+_MOST = 100_000
+"""Combinations of values that a request may stand for; each is looked up for by itself."""
+
+
+def _combinations(request: Request) -> int:
+    return math.prod(len(value) if isinstance(value, list) else 1 for value in request.where.values())
 
 
 def whose(path: str) -> Callable[[dict[str, Any]], list[str]]:
