@@ -338,7 +338,7 @@ def test_a_recipe_that_cannot_be_read_is_a_mistake_of_the_command(tmp_path: Path
     (tmp_path / "folder.yaml").mkdir()
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "file.yaml").touch()
-    with pytest.raises(ConfigError, match="cannot be read|does not exist"):
+    with pytest.raises(ConfigError, match=r"cannot be read|does not exist"):
         load_recipe([tmp_path / path])
 
 

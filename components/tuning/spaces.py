@@ -159,8 +159,8 @@ def grid_points(space: Space, base: dict[str, Any]) -> list[Params]:
     count = math.prod(len(searched.values) for searched in space.space.values())
     if count > _MOST_POINTS:
         raise ConfigError(
-            f"The grid has {count:,} points. Expected at most {_MOST_POINTS:,}. Search fewer settings or values, or set "
-            "search.type=optuna."
+            f"The grid has {count:,} points. Expected at most {_MOST_POINTS:,}. Search fewer settings or values, or "
+            "set search.type=optuna."
         )
     found: dict[str, Params] = {}
     for values in itertools.product(*(searched.values for searched in space.space.values())):
