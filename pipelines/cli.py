@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -194,27 +195,87 @@ def ray_session() -> Iterator[None]:
     """Connect to the cluster that RAY_ADDRESS names (set inside a Ray job), else start Ray on this machine.
 
     Raises:
-        ClusterError: when the cluster at RAY_ADDRESS does not let us in.
+        ClusterError: when that fails, for whatever reason; within a minute where nothing answers at RAY_ADDRESS.
     """
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
-    options: Any = {} if address else {"include_dashboard": False}
     try:
-        # Progress comes through files that the driver follows, so workers need not print here.
-        with silent_stderr():
-            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        raise ClusterError(
-            f"Ray cluster does not let us in (RAY_ADDRESS={address}): {_first_line(error)} Expected a running head. "
-            "Start one with cluster/local/head.sh, set RAY_AUTH_MODE=token where it uses tokens, or unset RAY_ADDRESS."
-        ) from error
+        if address:
+            _join_ray(address)
+        else:
+            _start_ray()
+    except Exception as error:
+        raise ClusterError(_no_cluster(address, error)) from error
     _sigterm_stops()  # Ray has put its own hand on it
     _quiet_driver()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+_HEAD_PATIENCE = 20.0  # seconds that a head may take to answer, such as while it starts
+_STARTS = 3  # of Ray on this machine, whose processes may be slow when it is busy
+
+
+def _join_ray(address: str) -> None:
+    """Connect to a running cluster, after asking its head whether it is there.
+
+    Ray itself waits for minutes for a head that does not answer, then ends the process.
+    """
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    if re.fullmatch(r"[^/]+:\d+", address):  # others, such as `auto`, Ray looks up or refuses at once
+        with init_grpc_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+            ask = NodeInfoGcsServiceStub(channel).GetClusterId
+            try:
+                ask(GetClusterIdRequest(), timeout=_HEAD_PATIENCE, wait_for_ready=True)
+            except grpc.RpcError as error:
+                if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise ConnectionError(f"nothing answers there within {_HEAD_PATIENCE:g} s.") from None
+                if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+                    raise ConnectionError("what answers there is no head of Ray.") from None
+                # else it is there, and ray.init tells what it has against us, such as a missing token
+    _init_ray(address)
+
+
+def _start_ray() -> None:
+    """Start Ray on this machine, again where its processes were not up in time."""
+    import ray
+
+    for last in (False,) * (_STARTS - 1) + (True,):
+        try:
+            _init_ray("local", include_dashboard=False)
+            return
+        except Exception as error:
+            if last or "timed out" not in str(error).lower():
+                raise
+            ray.shutdown()
+
+
+def _init_ray(address: str, **options: Any) -> None:
+    import ray
+
+    # Progress comes through files that the driver follows, so workers need not print here.
+    with silent_stderr():
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+
+
+def _no_cluster(address: str | None, error: Exception) -> str:
+    why = f"{type(error).__name__}: {_first_line(error).rstrip('.')}."
+    if address:
+        return (
+            f"Cannot connect to the Ray cluster (RAY_ADDRESS={address}): {why} Expected host:port of a running head. "
+            "Start one with cluster/local/head.sh, set RAY_AUTH_MODE=token where it uses tokens, or unset RAY_ADDRESS."
+        )
+    return (
+        f"Ray cannot be started on this machine: {why} Expected room in /tmp (or RAY_TMPDIR, of few characters) and in "
+        "/dev/shm, free memory and processes. Free some, or set RAY_ADDRESS to a running cluster."
+    )
 
 
 def _quiet_driver() -> None:
