@@ -5,10 +5,23 @@ Every error takes one string, so that Ray can carry it between processes.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class UnlearnError(Exception):
-    """Base of all our errors; shown without a traceback unless `--debug` is given."""
+    """Base of all our errors; shown without a traceback unless `--debug` is given.
+
+    Its text stays what it was when it was raised: Ray Data appends advice about its own retries to the `args` of
+    whatever a task raises.
+    """
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return BaseException.args.__get__(self)  # type: ignore[attr-defined]
+
+    @args.setter
+    def args(self, value: object) -> None:
+        pass
 
 
 class ConfigError(UnlearnError, ValueError):

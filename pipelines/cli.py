@@ -226,7 +226,7 @@ def _join_ray(address: str) -> None:
     """
     import grpc
     from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+    from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest  # type: ignore[attr-defined]
     from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
     if re.fullmatch(r"[^/]+:\d+", address):  # others, such as `auto`, Ray looks up or refuses at once
