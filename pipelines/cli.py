@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import errno
+import functools
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from components.console import progress_line, silent_stderr, steady_console
 from components.errors import ClusterError, ConfigError, Stopped, own_error
 from components.files import refused
 from components.load_config import load_recipe
+from components.process import is_request
 
 
 class Command(NamedTuple):
@@ -80,7 +82,7 @@ def exit_code(act: Callable[[], None], debug: bool) -> int:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
-        _sigterm_stops()
+        _signals_stop()
         act()
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or 'Stopped.'}", file=sys.stderr)
@@ -110,14 +112,17 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _sigterm_stops() -> None:
-    """Let SIGTERM do what Ctrl-C does: an end in order."""
+def _signals_stop() -> None:
+    """Let SIGTERM and Ctrl-C end this process in order, whose way out is not disturbed by the same request's repeat."""
 
     def stop(number: int, frame: Any) -> None:
-        raise Stopped("Stopped.", number)
+        if is_request():
+            raise Stopped("Stopped.", number)
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell leaves it to what runs in its background
+            signal.signal(signal.SIGINT, stop)
 
 
 def parse_arguments(arguments: Sequence[str], takes_words: bool = False) -> Command:
@@ -207,7 +212,7 @@ def ray_session() -> Iterator[None]:
             _start_ray()
     except Exception as error:
         raise ClusterError(_no_cluster(address, error)) from error
-    _sigterm_stops()  # Ray has put its own hand on it
+    _signals_stop()  # Ray has put its own hand on it
     _quiet_driver()
     try:
         yield
@@ -244,17 +249,27 @@ def _join_ray(address: str) -> None:
 
 
 def _start_ray() -> None:
-    """Start Ray on this machine, again where its processes were not up in time."""
-    import ray
+    """Start Ray on this machine, again where its processes were not up in time.
 
-    for last in (False,) * (_STARTS - 1) + (True,):
-        try:
-            _init_ray("local", include_dashboard=False)
-            return
-        except Exception as error:
-            if last or "timed out" not in str(error).lower():
-                raise
-            ray.shutdown()
+    They are no part of this command's process group: a signal to all of it would end the workers of a job that is to
+    write a checkpoint first. They end with this process nevertheless, which the kernel sees to.
+    """
+    import ray
+    from ray._private import services
+
+    usual: Any = services.ConsolePopen
+    services.ConsolePopen = functools.partial(usual, process_group=0)  # type: ignore[assignment,misc]
+    try:
+        for last in (False,) * (_STARTS - 1) + (True,):
+            try:
+                _init_ray("local", include_dashboard=False)
+                return
+            except Exception as error:
+                if last or "timed out" not in str(error).lower():
+                    raise
+                ray.shutdown()
+    finally:
+        services.ConsolePopen = usual  # type: ignore[misc]
 
 
 def _init_ray(address: str, **options: Any) -> None:

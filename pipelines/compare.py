@@ -10,6 +10,7 @@ also takes the place of what stands between the two comment lines `<!-- comparis
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from pydantic import Field, ValidationError
 
 from components.config import Recipe, Section
 from components.console import number, table
-from components.errors import ConfigError, TrainingError
+from components.errors import ConfigError, Stopped, TrainingError
 from components.files import read_lines, write_whole
 from components.load_config import read_yaml
 from pipelines.cli import exit_code, leave, parse_arguments, parsed, say
@@ -125,22 +126,39 @@ HEADER = (
 
 def _result(cell: Cell, recipe: Recipe) -> list[str]:
     """A line of the table; the run is made when it is not there."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("unlearn.py")), *cell.arguments],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-    )
-    if done.returncode:
+    code, told = _unlearn(cell.arguments)
+    if code:
         raise TrainingError(
-            f"Run failed (row={cell.row}, column={cell.column}): {done.stderr.strip()[-500:]} Run it by itself: "
+            f"Run failed (row={cell.row}, column={cell.column}): {told} Run it by itself: "
             f"python pipelines/unlearn.py {' '.join(cell.arguments)}"
         )
     folder = run_folder(recipe, inputs_digest(recipe))
     metrics = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["metrics"]["unlearned"]
     lines = read_lines(folder / "metrics.jsonl")
     return [cell.row, cell.column, *(number(metrics.get(name)) for name in _METRICS), *_course(lines)]
+
+
+def _unlearn(arguments: list[str]) -> tuple[int, str]:
+    """Run unlearn.py. Returns its exit code and the end of what it printed on stderr.
+
+    Raises:
+        Stopped: when it was asked to stop, or this process was; the request is passed on, and an end in order waited for.
+    """
+    command = [sys.executable, str(Path(__file__).with_name("unlearn.py")), *arguments]
+    asked = None
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+    ) as process:
+        while True:
+            try:
+                told = process.communicate()[1].strip()[-500:]
+                break
+            except Stopped as stop:
+                asked = stop.signal
+                process.send_signal(asked)
+    if asked or process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+        raise Stopped(told or "Stopped.", asked or process.returncode - 128)
+    return process.returncode, told
 
 
 _METRICS = ("forget_quality", "model_utility", "forget_probability", "retain_probability")

@@ -245,5 +245,5 @@ def no_ray(monkeypatch: pytest.MonkeyPatch, errors: list[Exception]) -> list[str
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    monkeypatch.setattr(cli, "_sigterm_stops", lambda: None)
+    monkeypatch.setattr(cli, "_signals_stop", lambda: None)
     return calls

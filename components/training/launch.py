@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from components.batch_inference import hide_gpus
 from components.errors import ClusterError, Stopped, TrainingError, own_error
+from components.process import REQUEST, is_request
 from components.training.job import Job, note
 
 _NODE_PATIENCE = 600.0  # seconds that a run waits for the cluster to replace a node
@@ -24,8 +25,8 @@ def run_job(job: Job, scratch: Path) -> dict[str, Any]:
     """Run `job` to its end and return what rank 0's loop returned. `scratch` is for Ray Train's own files.
 
     Workers that die are replaced up to `train.max_failures` times; the new ones go on from the newest checkpoint.
-    Ctrl-C and SIGTERM make it stop after the present step, with a checkpoint; a second one stops it at once. All of
-    that stands in `job.events`.
+    Ctrl-C and SIGTERM make it stop after the present step, with a checkpoint; a second request, some seconds later,
+    stops it at once. All of that stands in `job.events`.
 
     `signal` in what is returned is the number of one that came too late to stop anything, else None.
 
@@ -68,19 +69,22 @@ class WorkersDied(Exception):
 
 @contextmanager
 def _signals_stop(job: Job) -> Iterator[list[int]]:
-    """Inside, the first Ctrl-C or SIGTERM makes the file `job.stop`, the second raises. Yields those that came."""
+    """Inside, the first request to stop makes the file `job.stop`, the second raises. Yields their signals."""
     caught: list[int] = []
     if job.stop is None or threading.current_thread() is not threading.main_thread():
         yield caught
         return
 
     def stop(number: int, frame: Any) -> None:
+        if not is_request():
+            return
         caught.append(number)
         if len(caught) > 1:
             raise Stopped("Stopped at once; what was done since the last checkpoint is lost.", number)
         Path(job.stop or "").touch()
         name = signal.Signals(number).name
-        note(job, "stop", f"{name}: stopping after this step, with a checkpoint; once more stops at once")
+        again = f"another one after {REQUEST:g} s stops at once"
+        note(job, "stop", f"{name}: stopping after this step, with a checkpoint; {again}")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from components.errors import ClusterError, Stopped
+from components.process import REQUEST, is_request
 from components.tuning.search import next_point
 from components.tuning.spaces import own_point
 from components.tuning.trials import (
@@ -109,10 +110,13 @@ def _signals_stop(sweep: Sweep) -> Iterator[None]:
     caught: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
+        if not is_request():
+            return
         caught.append(number)
         if len(caught) == 1:
             with suppress(RuntimeError):  # the signal came while something was being printed
-                say(f"{signal.Signals(number).name}: stopping the trials after this step; once more stops at once")
+                name, again = signal.Signals(number).name, f"another one after {REQUEST:g} s stops at once"
+                say(f"{name}: stopping the trials after this step; {again}")
             asked = [trial.folder / "stop" for trial in sweep.trials() if trial.state == "running"]
             for file in asked:
                 file.touch()
