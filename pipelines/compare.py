@@ -142,7 +142,7 @@ def _unlearn(arguments: list[str]) -> tuple[int, str]:
     """Run unlearn.py. Returns its exit code and the end of what it printed on stderr.
 
     Raises:
-        Stopped: when it was asked to stop, or this process was; the request is passed on, and an end in order waited for.
+        Stopped: when it or this process was asked to stop; the request is passed on, and an end in order waited for.
     """
     command = [sys.executable, str(Path(__file__).with_name("unlearn.py")), *arguments]
     asked = None

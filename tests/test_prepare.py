@@ -211,6 +211,7 @@ def test_a_file_that_cannot_be_read_is_our_error(tmp_path: Path, facts) -> None:
         ("x.parquet", b"PAR1 and no more"),
         ("x.csv.gz", gzip.compress(b"question,answer\n" + b"q,a\n" * 10_000)[:-20]),
     ],
+    ids=["lines", "array", "parquet", "csv"],
 )
 def test_an_error_of_a_task_is_told_as_it_was_raised(tmp_path: Path, facts, name: str, content: bytes) -> None:
     """One paragraph: without the advice on retries that Ray Data writes into what its tasks raise."""
