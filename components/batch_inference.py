@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from components.cluster import node_told
 from components.config import Train
 from components.errors import stall_told
 from components.models import quiet_libraries
@@ -91,6 +92,7 @@ def hide_gpus() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
 
 
+@node_told()
 def _made_in_worker(make: Any, arguments: tuple[Any, ...], gpus: int) -> Any:
     if not gpus:
         hide_gpus()
@@ -102,6 +104,7 @@ class _Worker:
     def __init__(self, make: Any, arguments: tuple[Any, ...], gpus: int):
         self.function = _made_in_worker(make, arguments, gpus)
 
+    @node_told()
     def __call__(self, batch: pa.Table) -> pa.Table:
         result = self.function(batch.drop_columns("batch"))
         return result.append_column("batch", pa.array([batch["batch"][0].as_py()] * result.num_rows))
@@ -111,5 +114,6 @@ class _PartWorker:
     def __init__(self, make: Any, arguments: tuple[Any, ...], gpus: int):
         self.function = _made_in_worker(make, arguments, gpus)
 
+    @node_told()
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {"size": np.array([self.function(int(part)) for part in batch["part"]])}

@@ -72,24 +72,35 @@ def stall_told(what: str, seconds: float) -> Iterator[None]:
     """Turn Ray Data's giving up after `seconds` without progress into an error that names the cause.
 
     Raises:
-        ClusterError: with the CPUs that are free, or our own error out of what Ray made of it.
+        ClusterError: with the CPUs that are free, or with what Ray says of processes and nodes that died.
+        UnlearnError: our own error out of what Ray made of it.
     """
     import ray
     from ray.data.exceptions import ExecutionTimeoutError
 
+    from components.cluster import living, losses
+
+    before = living()
     try:
         yield
     except ExecutionTimeoutError as error:
         free, there = (found.get("CPU", 0) for found in (ray.available_resources(), ray.cluster_resources()))
         raise ClusterError(
             f"{what} got no further for {seconds:g} s (free CPUs={free:g} of {there:g}). Expected enough free ones. "
-            "Wait for other jobs to end, or add nodes; where all were free, a worker hangs or memory is short."
+            "Wait for other jobs to end, or add nodes; where all were free, a worker hangs or memory is short. "
+            + losses(before)
         ) from error
     except Exception as error:
         own = own_error(error)
-        if own is None or own is error:
+        if own is not None and own is not error:
+            raise own from None
+        if own or not isinstance(error, ray.exceptions.RayError) or isinstance(error, ray.exceptions.RayTaskError):
             raise
-        raise own from None
+        first = str(error).strip().splitlines()[0].rstrip(".")
+        raise ClusterError(
+            f"{what} lost a process: {first}. {losses(before)} Expected processes and nodes that live as long as their "
+            "work. Give the same command again when the cluster is whole."
+        ) from error
 
 
 def own_error(error: BaseException | None) -> UnlearnError | None:

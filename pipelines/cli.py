@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from components.cluster import check_sees
 from components.config import Recipe, run_name
 from components.console import progress_line, silent_stderr, steady_console
 from components.errors import ClusterError, ConfigError, Stopped, own_error
@@ -196,11 +197,12 @@ _SETTINGS = {
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
+def ray_session(storage: Path | None = None) -> Iterator[None]:
     """Connect to the cluster that RAY_ADDRESS names (set inside a Ray job), else start Ray on this machine.
 
     Raises:
-        ClusterError: when that fails, for whatever reason; within a minute where nothing answers at RAY_ADDRESS.
+        ClusterError: when that fails, for whatever reason; within a minute where nothing answers at RAY_ADDRESS. And
+            when not every node sees the `storage` folder.
     """
     import ray
 
@@ -215,6 +217,8 @@ def ray_session() -> Iterator[None]:
     _signals_stop()  # Ray has put its own hand on it
     _quiet_driver()
     try:
+        if storage:
+            check_sees(storage)
         yield
     finally:
         ray.shutdown()

@@ -154,7 +154,7 @@ def _search(sweep: Sweep, count: int) -> None:
         next_point(sweep.space, sweep.settings, known, len(known))  # constraints that nothing meets are told now
     with Log(sweep.recipe, sweep.folder) as log:  # a new database takes as long as Ray's start: both at once
         log.begin(sweep.space)
-        with ray_session():
+        with ray_session(storage_folder(sweep.recipe)):
             at_once = concurrency(sweep)
             make_shared(sweep)
             run_trials(sweep, count, at_once, log)

@@ -80,7 +80,7 @@ def run(command: Command) -> None:
         with writing("Run", folder):
             begin(folder, recipe, made_of)
         say(f"run          {folder}")
-        with ray_session():
+        with ray_session(storage_folder(recipe)):
             check_cluster_for(recipe)
             summary = {**_unlearn(recipe, folder), "inputs": made_of}
         with writing("Run", folder):

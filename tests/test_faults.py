@@ -370,6 +370,40 @@ def test_a_command_that_is_stopped_says_so_everywhere(recipe: Path, tmp_path: Pa
     assert not (folder / "checkpoints").exists()
 
 
+def test_what_timeout_sends_is_one_request(recipe: Path, tmp_path: Path) -> None:
+    """SIGTERM to the command and at once to its group, of which the Ray that it started is no part."""
+    more = ["train.workers=2", "train.zero_stage=3", "train.steps=4000", "train.checkpoint_every=4000"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        ["timeout", "--preserve-status", "200", sys.executable, str(ROOT / "pipelines" / "unlearn.py"),
+         *given(recipe, tmp_path, *more)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    assert when(lambda: steps_done(tmp_path) >= 20, process.terminate).wait(120)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+    assert out.count("stopping after this step, with a checkpoint") == 1
+    assert "the same command goes on from there" in err
+    assert steps_kept(Place(str(the_run(tmp_path) / "checkpoints"))) == [steps_done(tmp_path)]
+
+
+def test_a_run_whose_console_is_lost_is_registered(recipe: Path, tmp_path: Path, cluster_address: str) -> None:
+    """Its reader goes after a line, its encoding is ASCII, and so is the locale's, by which files would be read."""
+    plain = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    japanese = tmp_path / "more.yaml"
+    japanese.write_text("data: {template: '東京 ↓ {prompt}'}\n", encoding="utf-8")
+    typed = given(recipe, tmp_path, str(japanese), "train.steps=10", "train.checkpoint_every=5")
+    shell = ["bash", "-c", '"$@" | head -1; exit ${PIPESTATUS[0]}', "bash"]
+    done = subprocess.run(
+        [*shell, sys.executable, str(ROOT / "pipelines" / "unlearn.py"), *typed], capture_output=True, text=True,
+        timeout=200, env={**os.environ, **plain, "RAY_ADDRESS": cluster_address},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 1)
+    folder = the_run(tmp_path)
+    assert json.loads((folder / "summary.json").read_text(encoding="utf-8"))["version"] == "1"
+    assert "東京 ↓" in (folder / "config.json").read_text(encoding="utf-8")
+
+
 def original_of(recipe: Path) -> Path:
     return next(f for f in (recipe.parent / "runs" / "models").glob("original-*") if f.is_dir() and "." not in f.name)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from components.batch_inference import hide_gpus
+from components.cluster import living, losses, node_told
 from components.errors import ClusterError, Stopped, TrainingError, own_error
 from components.process import REQUEST, is_request
 from components.training.job import Job, note
@@ -122,6 +123,7 @@ def _run_on_ray(job: Job, scratch: Path) -> dict[str, Any]:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     check_cluster(job.train.workers, job.train.cpus_per_worker, job.train.gpus_per_worker)
+    before = living()
     resources = {"CPU": job.train.cpus_per_worker}
     if job.train.gpus_per_worker:
         resources["GPU"] = job.train.gpus_per_worker
@@ -144,7 +146,7 @@ def _run_on_ray(job: Job, scratch: Path) -> dict[str, Any]:
     try:
         return _in_thread(trainer.fit).return_value
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-        raise _worker_error(error) from error
+        raise _worker_error(error, before) from error
     finally:
         shutil.rmtree(scratch / name, ignore_errors=True)
 
@@ -207,6 +209,7 @@ def check_cluster(workers: int, cpus: float, gpus: float) -> None:
             )
 
 
+@node_told()
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train
     import ray.train.torch
@@ -236,16 +239,28 @@ def _nodes_about_to_go() -> tuple[str, ...]:
     return tuple(info.preempted_node_ids) if info else ()
 
 
-def _worker_error(error: Any) -> Exception:
-    """Our own error out of Ray's collection of one exception per rank."""
-    failures = list(getattr(error, "worker_failures", {}).values())
+def _worker_error(error: Any, before: set[str]) -> Exception:
+    """Our own error out of Ray's collection of one exception per rank, else what ended the first of the workers.
+
+    `before` are the nodes that lived when they began.
+    """
+    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
     for failure in failures:
         if own := own_error(failure):
             return own
-    first = str(failures[0] if failures else error).strip().splitlines()
-    return WorkersDied(
-        TrainingError(
-            f"A training worker failed: {first[-1] if first else type(error).__name__}. Run again with --debug for its "
-            "traceback, or with train.workers=0 to see it in this process."
-        )
+    # Those that lost it tell of their connection (gloo: "Read error … GLHF!"), which is not what happened.
+    gone = [found for found in map(_end_of, failures) if found is not None]
+    line = str(gone[0] if gone else failures[0]).strip().splitlines()[0 if gone else -1]
+    advice = losses(before) or (
+        "Run again with --debug for its traceback, or with train.workers=0 to see it in this process."
     )
+    return WorkersDied(TrainingError(f"A training worker failed: {line.rstrip('.:')}. {advice}"))
+
+
+def _end_of(failure: Any) -> BaseException | None:
+    """What Ray says of a worker whose process is gone, with its machine or without; None where it raised something."""
+    import ray
+
+    found = getattr(failure, "health_check_failure", failure)
+    ended = isinstance(found, ray.exceptions.RayError) and not isinstance(found, ray.exceptions.RayTaskError)
+    return found if ended else None
