@@ -1,6 +1,7 @@
 """A Ray cluster's nodes: which see a folder, which died; and what to say of one that cannot do its part."""
 
 import errno
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -91,14 +92,37 @@ def living() -> set[str]:
 
 
 def losses(before: set[str]) -> str:
-    """A sentence on the nodes of `before` that died since, empty where none did."""
+    """A sentence on the nodes of `before` that died since, empty where none did.
+
+    Ray takes half a minute to notice that a node is gone, so that each is asked whether it still takes connections.
+    """
     import ray
 
-    dead = [node for node in ray.nodes() if node["NodeID"] in before and not node["Alive"]]
-    if not dead:
+    told = []
+    for node in ray.nodes() if len(before) > 1 else []:
+        if node["NodeID"] in before and not node["Alive"]:
+            told.append(f"{name_of(node)}: {node.get('DeathReasonMessage') or 'no reason known'}")
+        elif node["NodeID"] in before and not _answers(node):
+            told.append(f"{name_of(node)}: it does not answer")
+    if not told:
         return ""
-    told = "; ".join(f"{name_of(node)}: {node.get('DeathReasonMessage') or 'no reason known'}" for node in dead)
-    return f"Died meanwhile: {told} A machine that was switched off or reclaimed, or one out of memory, is likely."
+    return (
+        f"Died meanwhile: {'; '.join(told)}. Most likely the machine was switched off, reclaimed or out of memory. "
+        "Give the same command again when the cluster has enough nodes."
+    )
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    try:
+        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def end_of(error: BaseException) -> str:
+    """What Ray knows of a process that ended, in a line."""
+    return " ".join(str(error).split()).rpartition("Worker exit detail: ")[2].rstrip(".")[:300]
 
 
 _UNSEEN = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ESTALE, errno.ENOTCONN, errno.EIO)
@@ -124,8 +148,6 @@ def node_told() -> Iterator[None]:
 
 
 def _here() -> str:
-    import socket
-
     import ray
 
     found = ray.get_runtime_context().get_node_id()

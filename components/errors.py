@@ -78,7 +78,7 @@ def stall_told(what: str, seconds: float) -> Iterator[None]:
     import ray
     from ray.data.exceptions import ExecutionTimeoutError
 
-    from components.cluster import living, losses
+    from components.cluster import end_of, living, losses
 
     before = living()
     try:
@@ -96,18 +96,24 @@ def stall_told(what: str, seconds: float) -> Iterator[None]:
             raise own from None
         if own or not isinstance(error, ray.exceptions.RayError) or isinstance(error, ray.exceptions.RayTaskError):
             raise
-        first = str(error).strip().splitlines()[0].rstrip(".")
-        raise ClusterError(
-            f"{what} lost a process: {first}. {losses(before)} Expected processes and nodes that live as long as their "
-            "work. Give the same command again when the cluster is whole."
-        ) from error
+        advice = losses(before) or "Most likely memory ran out. Give the same command again, on more or larger nodes."
+        raise ClusterError(f"{what} lost a process or its results: {end_of(error)}. {advice}") from error
 
 
 def own_error(error: BaseException | None) -> UnlearnError | None:
     """Our error inside what Ray made of it (which also derives from our class), if there is one."""
     while error is not None:
+        if getattr(error, "actor_init_failed", False):
+            return _of_start(str(error))
         inner = getattr(error, "cause", None) or error.__cause__
         if isinstance(error, UnlearnError) and not isinstance(inner, UnlearnError):
             return error
         error = inner
     return None
+
+
+def _of_start(text: str) -> UnlearnError | None:
+    """Our error in the last line of the traceback that Ray keeps of an actor that could not start."""
+    name, _, told = text.strip().splitlines()[-1].partition(": ")
+    kind = globals().get(name.rpartition(".")[2])
+    return kind(told) if isinstance(kind, type) and issubclass(kind, UnlearnError) else None

@@ -168,9 +168,42 @@ def test_nodes_go(make_job: Any, tmp_path: Path, straight: Any, storage: Path) -
         timeout=300,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout.splitlines()[-1])["nodes"] == 2
+    told = json.loads(found.stdout.splitlines()[-1])
+    assert told["nodes"] == 2
     assert [event["event"] for event in events(job)] == ["notice", "resumed", "failure", "resumed"]
+    [failure] = [event["text"] for event in events(job) if event["event"] == "failure"]
+    assert f"id {told['killed'][:8]}" in failure
+    assert "Most likely the machine was switched off" in failure
+    assert "GLHF" not in failure
+    assert "workers=0" not in failure
     check_same(make_job, straight, job, storage)
+
+
+def test_nodes_that_do_not_see_the_storage_are_named(make_job: Any, tmp_path: Path, storage: Path) -> None:
+    """Before any work begins; and whatever it is that meets the missing files later."""
+    if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]).returncode:
+        pytest.skip("no right to give a process another view of the file system")
+    job = job_of(make_job, "blind", {"train": {**SPLIT, "workers": 3}})
+    file = tmp_path / "job.json"
+    file.write_text(job.model_dump_json())
+    short = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.blind_nodes", str(file), str(storage)], cwd=ROOT, capture_output=True, text=True,
+        timeout=200, env={**os.environ, "RAY_TMPDIR": short.name},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    answer = json.loads(found.stdout.splitlines()[-1])
+    told, ids = answer["told"], answer["ids"]
+    assert len(ids) == 3
+    assert told["check"].startswith("Nodes do not share the storage folder")
+    assert all(f"id {name})" in told["check"] for name in ids)
+    assert told["check"].count("No such file or directory") == 2
+    assert told["check"].count("Read-only file system") == 1
+    for text in (told["prepare"], told["train"]):
+        assert any(f"id {name})" in text for name in ids), text
+        assert "Expected the same files on every node" in text
+        assert "workers=0" not in text
+        assert "\n" not in text
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from components.batch_inference import hide_gpus
-from components.cluster import living, losses, node_told
+from components.cluster import end_of, living, losses, node_told
 from components.errors import ClusterError, Stopped, TrainingError, own_error
 from components.process import REQUEST, is_request
 from components.training.job import Job, note
@@ -248,13 +248,18 @@ def _worker_error(error: Any, before: set[str]) -> Exception:
     for failure in failures:
         if own := own_error(failure):
             return own
-    # Those that lost it tell of their connection (gloo: "Read error … GLHF!"), which is not what happened.
     gone = [found for found in map(_end_of, failures) if found is not None]
-    line = str(gone[0] if gone else failures[0]).strip().splitlines()[0 if gone else -1]
+    line = end_of(gone[0]) if gone else (str(failures[0]).strip().splitlines() or [type(failures[0]).__name__])[-1]
+    if not gone and any(word in line for word in _OF_ANOTHER):
+        line = "it lost the connection to another one, whose process or machine ended"
     advice = losses(before) or (
         "Run again with --debug for its traceback, or with train.workers=0 to see it in this process."
     )
     return WorkersDied(TrainingError(f"A training worker failed: {line.rstrip('.:')}. {advice}"))
+
+
+_OF_ANOTHER = ("by peer", "GLHF", "gloo", "NCCL", "remote process")
+"""By which those that outlive a worker can be told: they are the first to know, but not why."""
 
 
 def _end_of(failure: Any) -> BaseException | None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from components.cluster import end_of
 from components.errors import ClusterError, Stopped
 from components.process import REQUEST, is_request
 from components.tuning.search import next_point
@@ -189,8 +190,8 @@ def make_driver(sweep: Sweep, count: int, table: Table, log: Log) -> Driver:
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             folder = trial_folder(sweep.folder, numbers[trial.trial_id])
-            if why := _why(trial.get_pickled_error()):
-                explain_failure(folder, why)
+            if error := trial.get_pickled_error():
+                explain_failure(folder, f"the trial's process ended: {end_of(error)}")
             log.ends(read_trial(folder, sweep.space))
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
@@ -201,15 +202,6 @@ def make_driver(sweep: Sweep, count: int, table: Table, log: Log) -> Driver:
             log.reports(found)
 
     return Driver(Search(), make_scheduler(sweep), Watch())
-
-
-def _why(error: BaseException | None) -> str:
-    """What Ray knows of a process that ended, in a line."""
-    if error is None:
-        return ""
-    told = " ".join(str(error).split())
-    detail = told.rpartition("Worker exit detail: ")[2]
-    return f"the trial's process ended: {detail[:300]}"
 
 
 class _Ended:
