@@ -156,7 +156,7 @@ def act():
     try:
         time.sleep(60)
     finally:
-        time.sleep(1.5)
+        time.sleep(0.8)
         Path(sys.argv[1]).write_text("saved")
 
 sys.exit(cli.exit_code(act, debug=False))
@@ -179,6 +179,6 @@ def test_a_comparison_waits_for_the_end_of_its_run(tmp_path: Path, to: list[str]
                 psutil.Process(running.pid).children()[0].terminate()
             else:
                 (os.killpg if target == "group" else os.kill)(running.pid, TERM)
-            time.sleep(0.3)
+            time.sleep(0.1)
         assert running.wait(30) == 143
     assert done.read_text() == "saved"
