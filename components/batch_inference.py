@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from components.cluster import node_told
 from components.config import Train
 from components.errors import stall_told
 from components.models import quiet_libraries
@@ -90,12 +91,14 @@ def hide_gpus() -> None:
 class _Worker:
     """A Ray Data actor: one item in, one result out."""
 
+    @node_told()
     def __init__(self, make: Any, arguments: tuple[Any, ...], gpus: int):
         if not gpus:
             hide_gpus()
         quiet_libraries()
         self.function = make(*arguments)
 
+    @node_told()
     def __call__(self, batch: pa.Table) -> pa.Table:
         result = self.function(batch["item"][0].as_py())
         return pa.table({"place": batch["place"], "result": [result]})

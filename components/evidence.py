@@ -97,7 +97,7 @@ def read_evidence(folder: Path, suite: str | None = None) -> Evidence | None:
     text, arrays = (folder / name for name in evidence_files(suite))
     if not text.exists():
         return None
-    found = json.loads(text.read_text())
+    found = json.loads(text.read_text(encoding="utf-8"))
     drawn: dict[str, dict[str, np.ndarray]] = {name: {} for name in found["models"]}
     if arrays.exists():
         with np.load(arrays, allow_pickle=False) as numbers:

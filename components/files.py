@@ -1,5 +1,6 @@
 """Files and folders that are whole or absent: written under a temporary name, then renamed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -37,9 +38,12 @@ def refused(what: str, place: str | Path, error: Exception, needed: int | None =
     if "://" not in str(place):
         with suppress(OSError):
             about.append(f"bytes free={free_bytes(Path(place)):,}")
+    expected = "space and the right to write. What was there before is whole; make room and give the same command again"
+    if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+        expected = "names of at most 255 bytes in paths of at most 4,095. Choose a shorter storage folder or name"
     return StorageError(
-        f"{what} cannot be written ({', '.join(about)}): {getattr(error, 'strerror', None) or error}. Expected space "
-        "and the right to write. What was there before is whole; make room and give the same command again."
+        f"{what} cannot be written ({', '.join(about)}): {getattr(error, 'strerror', None) or error}. "
+        f"Expected {expected}."
     )
 
 

@@ -1,6 +1,8 @@
 """YAML files and `a.b=c` overrides → one checked `Recipe`; all mistakes are reported at once."""
 
 import difflib
+import math
+import os
 import types
 import typing
 from collections.abc import Sequence
@@ -72,9 +74,12 @@ def parse_override(text: str) -> dict[str, Any]:
     if not equals or not path:
         raise ConfigError(f"Override {text!r} is not of the form section.field=value.")
     try:
-        value = yaml.safe_load(raw) if raw else ""
-    except yaml.YAMLError:
-        raise ConfigError(f"Override {text!r} has a value that is not YAML. Put quotes around it.") from None
+        value = yaml_value(raw) if raw else ""
+    except ConfigError as error:
+        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+        raise ConfigError(f"Override {shown!r} has a value that is not YAML: {error}. Put quotes around it.") from None
+    if path.count(".") > _DEEPEST:
+        raise ConfigError(f"Override {path[:_SHOWN]!r}… names no setting: none lies deeper than {_DEEPEST} sections.")
     return nested(path, value)
 
 
@@ -162,7 +167,7 @@ def _inside(folder: str, path: str) -> str:
 
 def _local_copy(node: dict[str, Any], path: str) -> dict[str, Any]:
     """A hub data set's records taken from `path`: files, or a folder written by `datasets.save_to_disk`."""
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # which a path that cannot be is not
         return {
             **{key: node[key] for key in node if key not in ("local", "subset", "data_dir", "revision")},
             "path": path,
@@ -177,14 +182,20 @@ def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
     Raises:
         ConfigError: when there is none.
     """
-    if not path.is_file():
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
         nearest = difflib.get_close_matches(path.name, [p.name for p in _recipes_near(path)], n=1, cutoff=0.4)
         hint = f" Did you mean {path.parent / nearest[0]}?" if nearest else ""
-        raise ConfigError(f"{what.capitalize()} {path} does not exist.{hint}")
+        raise ConfigError(f"{what.capitalize()} {path} does not exist.{hint}") from None
+    except OSError as error:
+        raise ConfigError(f"{what.capitalize()} {path} cannot be read: {error.strerror}. Expected a file.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what.capitalize()} {path} is not YAML in UTF-8: {error}") from None
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{what.capitalize()} {path} is not YAML: {' '.join(str(error).split())}") from None
+        content = yaml_value(text)
+    except ConfigError as error:
+        raise ConfigError(f"{what.capitalize()} {path} is not YAML: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -192,6 +203,46 @@ def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
             f"{what.capitalize()} {path} holds a {type(content).__name__}. Expected sections such as data: and train:."
         )
     return content
+
+
+_LARGEST = 200_000
+"""Characters of a YAML text, and of what it becomes when its aliases are replaced by what they stand for."""
+_DEEPEST = 50
+_SHOWN = 100  # characters of a value in a message
+
+
+def yaml_value(text: str) -> Any:
+    """The value of a YAML text, which is small however often its aliases repeat each other.
+
+    Raises:
+        ConfigError: saying why it is none, or too large.
+    """
+    try:
+        if len(text) > _LARGEST:
+            raise ConfigError(f"it has {len(text):,} characters; expected at most {_LARGEST:,}")
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is not None and _expanded(node, {}) > _LARGEST:
+            raise ConfigError(f"its aliases (*name) make more than {_LARGEST:,} characters of it; repeat less")
+        return None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise ConfigError("it is nested too deeply") from None
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01, a number of 5,000 digits
+        raise ConfigError(" ".join(str(error).split())) from None
+
+
+def _expanded(node: yaml.Node, known: dict[int, float]) -> float:
+    """Characters of a node and all that it holds, what is repeated counted each time; infinite if it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # as long as it is being counted
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        else:
+            inner = node.value if isinstance(node, yaml.SequenceNode) else []
+        known[id(node)] = (0 if inner else len(node.value)) + 1 + sum(_expanded(part, known) for part in inner)
+    return known[id(node)]
 
 
 def _recipes_near(path: Path) -> list[Path]:
@@ -210,7 +261,8 @@ def _explain(item: Any, schema: type[BaseModel]) -> str:
         return f"{path}: needs a type" + (f", one of {tags}." if tags else f": {item['msg']}.")
     message = item["msg"].removeprefix("Value error, ")
     hidden = isinstance(item["input"], dict | BaseModel) or "password" in message
-    got = "" if hidden else f" (got {item['input']!r})"
+    shown = "" if hidden else repr(item["input"])
+    got = f" (got {shown if len(shown) <= _SHOWN else f'{shown[:_SHOWN]}…'})" if shown else ""
     return f"{path}: {message}{got}."
 
 

@@ -1,7 +1,9 @@
-"""What a block of code has for itself of its process: a thread beside it, environment variables."""
+"""What code needs of its process: a thread beside it, environment variables for a while, requests to stop."""
 
+import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -31,3 +33,23 @@ def environment(**variables: str) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+REQUEST = 3.0
+"""Seconds from the first signal of a request within which others are part of it."""
+_requested = -math.inf
+
+
+def is_request() -> bool:
+    """Whether a signal that has just come is a request of its own; for signal handlers.
+
+    `timeout`, Slurm and the inits of containers signal a process and then its group, so that one request to stop comes
+    twice; as two, the second would undo what the first was there for: an end in order. All handlers of a process share
+    this, since the second may come when another one is in charge.
+    """
+    global _requested
+    now = time.monotonic()
+    if now - _requested < REQUEST:
+        return False
+    _requested = now
+    return True

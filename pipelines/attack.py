@@ -50,7 +50,7 @@ def run(command: Command) -> None:
         raise ConfigError("Nothing to attack: evaluation.sets has no set named forget. Give its questions.")
     check_inputs(recipe)
     given = given_models(command)
-    with ray_session():
+    with ray_session(storage_folder(recipe)):
         models = compared_models(recipe, given)
         questions = {"forget": prepare_questions(recipe, models["original"])["forget"]}
         rows = {"none": [_score(recipe, model, questions) for model in models.values()]}

@@ -3,9 +3,11 @@
 import argparse
 import atexit
 import errno
+import functools
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,11 +16,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from components.cluster import check_sees
 from components.config import Recipe, run_name
-from components.console import progress_line, silent_stderr
+from components.console import progress_line, silent_stderr, steady_console
 from components.errors import ClusterError, ConfigError, Stopped, own_error
 from components.files import refused
 from components.load_config import load_recipe
+from components.process import is_request
 
 
 class Command(NamedTuple):
@@ -55,7 +59,7 @@ def run_cli(
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and the plan, then stop")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     add_options(parser)
-    options = parser.parse_intermixed_args(argv)
+    options = parsed(parser, argv)
 
     def act() -> None:
         command = parse_arguments(options.arguments, bool(words))._replace(options=options)
@@ -68,12 +72,18 @@ def run_cli(
     return exit_code(act, options.debug)
 
 
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command line, by default this process's. From here on, printing cannot fail."""
+    steady_console()
+    return parser.parse_intermixed_args(argv)
+
+
 def exit_code(act: Callable[[], None], debug: bool) -> int:
     """Do it; an error becomes one paragraph and 1, a wrong command or recipe 2, Ctrl-C 130, SIGTERM 143."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
-        _sigterm_stops()
+        _signals_stop()
         act()
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or 'Stopped.'}", file=sys.stderr)
@@ -103,14 +113,17 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _sigterm_stops() -> None:
-    """Let SIGTERM do what Ctrl-C does: an end in order."""
+def _signals_stop() -> None:
+    """Let SIGTERM and Ctrl-C end this process in order, whose way out is not disturbed by the same request's repeat."""
 
     def stop(number: int, frame: Any) -> None:
-        raise Stopped("Stopped.", number)
+        if is_request():
+            raise Stopped("Stopped.", number)
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell leaves it to what runs in its background
+            signal.signal(signal.SIGINT, stop)
 
 
 def parse_arguments(arguments: Sequence[str], takes_words: bool = False) -> Command:
@@ -156,8 +169,8 @@ def _paragraph(error: Exception) -> str:
     return f"Unexpected {type(error).__name__}: {_first_line(error)} Run again with --debug for the traceback."
 
 
-# No space, no quota, no right, read-only
-_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+# No space, no quota, no right, read-only, too long a name
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
 
 def _first_line(error: Exception) -> str:
@@ -184,31 +197,104 @@ _SETTINGS = {
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
+def ray_session(storage: Path | None = None) -> Iterator[None]:
     """Connect to the cluster that RAY_ADDRESS names (set inside a Ray job), else start Ray on this machine.
 
     Raises:
-        ClusterError: when the cluster at RAY_ADDRESS does not let us in.
+        ClusterError: when that fails, for whatever reason; within a minute where nothing answers at RAY_ADDRESS. And
+            when not every node sees the `storage` folder.
     """
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
-    options: Any = {} if address else {"include_dashboard": False}
     try:
-        # Progress comes through files that the driver follows, so workers need not print here.
-        with silent_stderr():
-            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        raise ClusterError(
-            f"Ray cluster does not let us in (RAY_ADDRESS={address}): {_first_line(error)} Expected a running head. "
-            "Start one with cluster/local/head.sh, set RAY_AUTH_MODE=token where it uses tokens, or unset RAY_ADDRESS."
-        ) from error
-    _sigterm_stops()  # Ray has put its own hand on it
+        if address:
+            _join_ray(address)
+        else:
+            _start_ray()
+    except Exception as error:
+        raise ClusterError(_no_cluster(address, error)) from error
+    _signals_stop()  # Ray has put its own hand on it
     _quiet_driver()
     try:
+        if storage:
+            check_sees(storage)
         yield
     finally:
         ray.shutdown()
+
+
+_HEAD_PATIENCE = 20.0  # seconds that a head may take to answer, such as while it starts
+_STARTS = 3  # of Ray on this machine, whose processes may be slow when it is busy
+
+
+def _join_ray(address: str) -> None:
+    """Connect to a running cluster, after asking its head whether it is there.
+
+    Ray itself waits for minutes for a head that does not answer, then ends the process.
+    """
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest  # type: ignore[attr-defined]
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    if re.fullmatch(r"[^/]+:\d+", address):  # others, such as `auto`, Ray looks up or refuses at once
+        with init_grpc_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+            ask = NodeInfoGcsServiceStub(channel).GetClusterId
+            try:
+                ask(GetClusterIdRequest(), timeout=_HEAD_PATIENCE, wait_for_ready=True)
+            except grpc.RpcError as error:
+                if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise ConnectionError(f"nothing answers there within {_HEAD_PATIENCE:g} s.") from None
+                if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+                    raise ConnectionError("what answers there is no head of Ray.") from None
+                # else it is there, and ray.init tells what it has against us, such as a missing token
+    _init_ray(address)
+
+
+def _start_ray() -> None:
+    """Start Ray on this machine, again where its processes were not up in time.
+
+    They are no part of this command's process group: a signal to all of it would end the workers of a job that is to
+    write a checkpoint first. They end with this process nevertheless, which the kernel sees to.
+    """
+    import ray
+    from ray._private import services
+
+    usual: Any = services.ConsolePopen
+    services.ConsolePopen = functools.partial(usual, process_group=0)  # type: ignore[assignment,misc]
+    try:
+        for last in (False,) * (_STARTS - 1) + (True,):
+            try:
+                _init_ray("local", include_dashboard=False)
+                return
+            except Exception as error:
+                if last or "timed out" not in str(error).lower():
+                    raise
+                ray.shutdown()
+    finally:
+        services.ConsolePopen = usual  # type: ignore[misc]
+
+
+def _init_ray(address: str, **options: Any) -> None:
+    import ray
+
+    # Progress comes through files that the driver follows, so workers need not print here.
+    with silent_stderr():
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+
+
+def _no_cluster(address: str | None, error: Exception) -> str:
+    why = f"{type(error).__name__}: {_first_line(error).rstrip('.')}."
+    if address:
+        return (
+            f"Cannot connect to the Ray cluster (RAY_ADDRESS={address}): {why} Expected host:port of a running head. "
+            "Start one with cluster/local/head.sh, set RAY_AUTH_MODE=token where it uses tokens, or unset RAY_ADDRESS."
+        )
+    return (
+        f"Ray cannot be started on this machine: {why} Expected room in /tmp (or RAY_TMPDIR, of few characters) and in "
+        "/dev/shm, free memory and processes. Free some, or set RAY_ADDRESS to a running cluster."
+    )
 
 
 def _quiet_driver() -> None:

@@ -10,20 +10,21 @@ also takes the place of what stands between the two comment lines `<!-- comparis
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from pydantic import Field, ValidationError
 
 from components.config import Recipe, Section
 from components.console import number, table
-from components.errors import ConfigError, TrainingError
+from components.errors import ConfigError, Stopped, TrainingError
 from components.files import read_lines, write_whole
-from pipelines.cli import exit_code, leave, parse_arguments, say
+from components.load_config import read_yaml
+from pipelines.cli import exit_code, leave, parse_arguments, parsed, say
 from pipelines.finetune import inputs_digest
 from pipelines.unlearn import run_folder
 
@@ -69,13 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--into", type=Path, metavar="FILE.md", help="Markdown file that holds the table")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, then stop")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    options = parser.parse_intermixed_args(argv)
+    options = parsed(parser, argv)
     return exit_code(lambda: _compare(options), options.debug)
 
 
 def _compare(options: argparse.Namespace) -> None:
     cells = cells_of(options.comparison, options.settings)
-    if options.into and (not options.into.is_file() or options.into.read_text().count(_MARK) != 2):
+    if options.into and (not options.into.is_file() or options.into.read_text(encoding="utf-8").count(_MARK) != 2):
         raise ConfigError(f"{options.into} is no file with two lines {_MARK}, between which the table would stand.")
     recipes = [parse_arguments(cell.arguments).recipe for cell in cells]  # all mistakes before the first run
     if options.dry_run:
@@ -87,7 +88,7 @@ def _compare(options: argparse.Namespace) -> None:
         results.append(_result(cell, recipe))
     say("\n" + table(HEADER, results))
     if options.into:
-        before, _, after = options.into.read_text().split(_MARK)
+        before, _, after = options.into.read_text(encoding="utf-8").split(_MARK)
         write_whole(options.into, f"{before}{_MARK}\n{_markdown(HEADER, results)}\n{_MARK}{after}")
 
 
@@ -98,8 +99,8 @@ def cells_of(file: Path, settings: Sequence[str]) -> list[Cell]:
         ConfigError: when the file is not a comparison, or a row names a column that it has not.
     """
     try:
-        comparison = Comparison.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+        comparison = Comparison.model_validate(read_yaml(file, "comparison"))
+    except ValidationError as error:
         raise ConfigError(f"{file} is not a comparison: {error}") from None
     unknown = {name for row in comparison.rows.values() for name in row.columns} - {*comparison.columns}
     if unknown:
@@ -125,18 +126,39 @@ HEADER = (
 
 def _result(cell: Cell, recipe: Recipe) -> list[str]:
     """A line of the table; the run is made when it is not there."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("unlearn.py")), *cell.arguments], capture_output=True, text=True
-    )
-    if done.returncode:
+    code, told = _unlearn(cell.arguments)
+    if code:
         raise TrainingError(
-            f"Run failed (row={cell.row}, column={cell.column}): {done.stderr.strip()[-500:]} Run it by itself: "
+            f"Run failed (row={cell.row}, column={cell.column}): {told} Run it by itself: "
             f"python pipelines/unlearn.py {' '.join(cell.arguments)}"
         )
     folder = run_folder(recipe, inputs_digest(recipe))
-    metrics = json.loads((folder / "summary.json").read_text())["metrics"]["unlearned"]
+    metrics = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["metrics"]["unlearned"]
     lines = read_lines(folder / "metrics.jsonl")
     return [cell.row, cell.column, *(number(metrics.get(name)) for name in _METRICS), *_course(lines)]
+
+
+def _unlearn(arguments: list[str]) -> tuple[int, str]:
+    """Run unlearn.py. Returns its exit code and the end of what it printed on stderr.
+
+    Raises:
+        Stopped: when it or this process was asked to stop; the request is passed on, and an end in order waited for.
+    """
+    command = [sys.executable, str(Path(__file__).with_name("unlearn.py")), *arguments]
+    asked = None
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+    ) as process:
+        while True:
+            try:
+                told = process.communicate()[1].strip()[-500:]
+                break
+            except Stopped as stop:
+                asked = stop.signal
+                process.send_signal(asked)
+    if asked or process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+        raise Stopped(told or "Stopped.", asked or process.returncode - 128)
+    return process.returncode, told
 
 
 _METRICS = ("forget_quality", "model_utility", "forget_probability", "retain_probability")

@@ -42,7 +42,7 @@ def run(command: Command) -> None:
         raise ConfigError("Nothing to evaluate: evaluation.sets is empty. Give at least one question set.")
     check_inputs(recipe)
     given = given_models(command)
-    with ray_session():
+    with ray_session(storage_folder(recipe)):
         models = compared_models(recipe, given)
         sets = prepare_questions(recipe, models["original"])
         records = score_models(recipe, models, sets)

@@ -73,7 +73,7 @@ def run(command: Command) -> None:
     """Make what is missing and say where it is."""
     recipe = command.recipe
     check_inputs(recipe)
-    with ray_session():
+    with ray_session(storage_folder(recipe)):
         models = make_models(recipe)
     for name, model in models.items():
         say(f"{name:<12} {model.folder}")

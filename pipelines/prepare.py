@@ -60,7 +60,7 @@ def run(command: Command) -> None:
     check_sources(recipe)
     storage = storage_folder(recipe)
     place = storage if recipe.data.cache else storage / f"prepared-once-{uuid.uuid4().hex[:8]}"
-    with ray_session():
+    with ray_session(storage):
         facts = _tokenizer(recipe)
         try:
             streams = prepare_streams(recipe, facts, place)

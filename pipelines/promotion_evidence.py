@@ -42,7 +42,7 @@ def evidence_of_entry(ledger: Ledger, entry: Entry) -> Iterator[Path]:
         gates = folder / _GATES
         wanted = {_GATES: entry.gates}
         if gates.exists() and sha256(gates) == entry.gates:
-            wanted |= json.loads(gates.read_text())["evidence"]
+            wanted |= json.loads(gates.read_text(encoding="utf-8"))["evidence"]
         found = {name: sha256(folder / name) for name in wanted if (folder / name).exists()}
         if bad := [name for name, digest in wanted.items() if found.get(name) != digest]:
             raise TrackingError(
@@ -56,7 +56,9 @@ def evidence_of_entry(ledger: Ledger, entry: Entry) -> Iterator[Path]:
 def settings_of_run(client: Any, run_id: str) -> dict[str, Any]:
     """A training run's resolved recipe, and the digests of its data and original model."""
     with tempfile.TemporaryDirectory() as scratch:
-        settings = json.loads(Path(client.download_artifacts(run_id, "config.json", scratch)).read_text())
+        settings = json.loads(
+            Path(client.download_artifacts(run_id, "config.json", scratch)).read_text(encoding="utf-8")
+        )
     tags = client.get_run(run_id).data.tags
     return {**settings, **{key: text for key, text in tags.items() if key.startswith(("data.", "original_model"))}}
 
@@ -93,8 +95,8 @@ def with_evidence(ledger: Ledger, entry: Entry, evidence: Path, model: str, resu
 def gates_and_requests(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """(the report on the gates, what became of deletion requests where the run had any)."""
     requests = folder / _REQUESTS
-    found = json.loads(requests.read_text()) if requests.exists() else None
-    return json.loads((folder / _GATES).read_text()), found
+    found = json.loads(requests.read_text(encoding="utf-8")) if requests.exists() else None
+    return json.loads((folder / _GATES).read_text(encoding="utf-8")), found
 
 
 def certify(ledger: Ledger, entry: Entry, storage: Path, purged: dict[str, list[str]] | None = None) -> Path | None:
@@ -108,7 +110,7 @@ def certify(ledger: Ledger, entry: Entry, storage: Path, purged: dict[str, list[
             return None
         earlier = folder / f"{_CERTIFICATE}.json"
         if purged is None and earlier.exists():
-            purged = json.loads(earlier.read_text())["purged"]
+            purged = json.loads(earlier.read_text(encoding="utf-8"))["purged"]
     about = certificate_of(ledger.name, entry._asdict(), gates, requests, purged)
     place = storage / "certificates" / f"{ledger.name}-{entry.version}"
     place.mkdir(parents=True, exist_ok=True)

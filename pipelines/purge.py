@@ -66,7 +66,7 @@ def _forget_of(folder: Path) -> str | None:
     """Digest of a run's forget rows, finished or not."""
     for file in (folder / "summary.json", folder / "begun.json"):
         if file.exists():
-            return json.loads(file.read_text()).get("made_from", {}).get("forget")
+            return json.loads(file.read_text(encoding="utf-8")).get("made_from", {}).get("forget")
     return None
 
 
@@ -77,15 +77,15 @@ def _purge_run(folder: Path, client: Any) -> None:
     shutil.rmtree(folder / "quarantine", ignore_errors=True)
     summary = folder / "summary.json"
     if summary.exists():
-        about = json.loads(summary.read_text())
+        about = json.loads(summary.read_text(encoding="utf-8"))
         write_whole(summary, json.dumps({**about, "samples_text": ""}, indent=2, ensure_ascii=False))
         _forget_report(client, about.get("mlflow_run_id"))
 
 
 def _checkpoints(folder: Path) -> Iterator[str]:
     begun = folder / "begun.json"
-    if begun.exists() and "id" in (about := json.loads(begun.read_text())):
-        train = Recipe.model_validate_json((folder / "config.json").read_text()).train
+    if begun.exists() and "id" in (about := json.loads(begun.read_text(encoding="utf-8"))):
+        train = Recipe.model_validate_json((folder / "config.json").read_text(encoding="utf-8")).train
         yield checkpoint_place(train, folder / "checkpoints", f"{folder.name}-{about['id']}")
     yield str(folder / "checkpoints")
 

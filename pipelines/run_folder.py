@@ -26,7 +26,7 @@ def run_folder(recipe: Recipe, inputs: str) -> Path:
             return folder
         finished = (folder / "summary.json").exists()
         file = folder / ("summary.json" if finished else "begun.json")
-        about = json.loads(file.read_text()) if file.exists() else {}
+        about = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         same = about.get("inputs", inputs) == inputs
         if finished and same and recipe.if_exists == "fail":
             raise ConfigError(f"Run exists (folder={folder}). Set if_exists=resume to see it or new to run it anew.")
@@ -51,7 +51,7 @@ def check_begun(folder: Path, made_from: dict[str, str]) -> str:
     Raises:
         ConfigError: naming what was and what is.
     """
-    begun = json.loads((folder / "begun.json").read_text())
+    begun = json.loads((folder / "begun.json").read_text(encoding="utf-8"))
     if changed := differences(begun.setdefault("made_from", made_from), made_from):
         raise ConfigError(
             f"Run was begun with other models or rows (folder={folder}; {'; '.join(changed)}). Expected the same. Put "

@@ -19,7 +19,7 @@ from components.tuning import pareto
 from components.tuning.search import next_point, planned_trials
 from components.tuning.spaces import load_sweep, sweep_name
 from components.tuning.trials import Sweep, Trial, goal_name, trials_csv
-from pipelines.cli import exit_code, leave, ray_session, say, storage_folder
+from pipelines.cli import exit_code, leave, parsed, ray_session, say, storage_folder
 from pipelines.finetune import check_plan, count_rows, planned_steps
 from pipelines.sweeps.outcome import summary_text, write_files
 from pipelines.sweeps.shared import tidy
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("arguments", nargs="*", metavar="ARGUMENT", help=what)
     parser.add_argument("--dry-run", action="store_true", help="print trials and estimated time, then stop")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    options = parser.parse_intermixed_args(argv)
+    options = parsed(parser, argv)
 
     def act() -> None:
         sweep = parse(options.arguments)
@@ -155,7 +155,7 @@ def _search(sweep: Sweep, count: int) -> None:
         next_point(sweep.space, sweep.settings, known, len(known))  # constraints that nothing meets are told now
     with Log(sweep.recipe, sweep.folder) as log:  # a new database takes as long as Ray's start: both at once
         log.begin(sweep.space)
-        with ray_session():
+        with ray_session(storage_folder(sweep.recipe)):
             at_once = concurrency(sweep)
             make_shared(sweep)
             run_trials(sweep, count, at_once, log)

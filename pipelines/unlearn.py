@@ -72,7 +72,7 @@ def run(command: Command) -> None:
     finished = folder / "summary.json"
     if finished.exists():
         say(f"run          {folder.name} is finished already; set if_exists=new to run it again")
-        say("\n" + shown_summary(json.loads(finished.read_text())))
+        say("\n" + shown_summary(json.loads(finished.read_text(encoding="utf-8"))))
         _send_late(recipe, folder)
         return
     started = time.perf_counter()
@@ -82,7 +82,7 @@ def run(command: Command) -> None:
         with writing("Run", folder):
             begin(folder, recipe, made_of)
         say(f"run          {folder}")
-        with ray_session():
+        with ray_session(storage_folder(recipe)):
             check_cluster_for(recipe)
             summary = {**_unlearn(recipe, folder), "inputs": made_of}
         with writing("Run", folder):
@@ -206,7 +206,7 @@ def _train(
     """Train, or go on with it; what was trained already is not trained again."""
     trained = folder / "trained.json"
     if trained.exists():
-        found = json.loads(trained.read_text())
+        found = json.loads(trained.read_text(encoding="utf-8"))
         say(f"unlearning   done already, {found['steps']} steps")
         return found
     metrics, events = folder / "metrics.jsonl", folder / "events.jsonl"

@@ -45,10 +45,12 @@ def run(job: Job, scratch: Path) -> None:
         await_(lambda: steps_done(job.metrics) >= before + 2)
         killed = next(node for node in nodes if node is not drained and trains(node))
         cluster.remove_node(killed, allow_graceful=False)
+        gone.append(killed.node_id)
 
+    gone: list[str] = []
     threading.Thread(target=go, daemon=True).start()
     run_job(job, scratch)
-    print(json.dumps({"nodes": sum(node["Alive"] for node in ray.nodes())}))
+    print(json.dumps({"nodes": sum(node["Alive"] for node in ray.nodes()), "killed": gone[0]}))
     ray.shutdown()
     cluster.shutdown()
 

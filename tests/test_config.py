@@ -92,7 +92,7 @@ def test_override_values_are_yaml_and_may_hold_equals() -> None:
     assert parse_override("a.b=c=d") == {"a": {"b": "c=d"}}
     assert parse_override("a=null") == {"a": None}
     assert parse_override("a=[1, 2]") == {"a": [1, 2]}
-    for wrong in ("a", "=1", "a=[1"):
+    for wrong in ("a", "=1", "a=[1", "a=2026-13-01", "a=" + "[" * 500, "a." * 500 + "b=1"):
         with pytest.raises(ConfigError):
             parse_override(wrong)
 
@@ -285,3 +285,116 @@ def test_a_comparison_that_cannot_be_made_is_refused(tmp_path: Path, capsys: pyt
     assert "rows name columns ['AdamW'], which are not among ['SOUL']" in capsys.readouterr().err
     assert compare([str(DEMO.parent / "comparisons" / "demo.yaml"), "--into", str(file)]) == 2
     assert "between which the table would stand" in capsys.readouterr().err
+
+
+NINE = ",".join(["*{}"] * 9)
+DOUBLED = ["x0: &x0 [" + "x," * 9 + "]", *(f"x{i}: &x{i} [{NINE}]".replace("{}", f"x{i - 1}") for i in range(1, 12))]
+MERGED = ["x0: &x0 {a: 1}", *(f"x{i}: &x{i} {{<<: [{NINE}]}}".replace("{}", f"x{i - 1}") for i in range(1, 12))]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("\n".join([*DOUBLED, "name: *x11"]), "its aliases"),
+        ("\n".join([*DOUBLED, "data: {forget: *x11}"]), "its aliases"),
+        ("\n".join([*MERGED, "data: *x11"]), "its aliases"),
+        ("name: &a [*a]", "its aliases"),
+        ("train: &a {b: &c [*a], d: *c}", "its aliases"),
+        ("a: &a '" + "x" * 1000 + "'\nname: [" + "*a," * 1000 + "]", "its aliases"),
+        ("name: " + "[" * 500, "nested too deeply"),
+        ("name: " + "{a: " * 500, "nested too deeply"),
+        ("name: " + "x" * 300_000, "300,006 characters"),
+        ("seed: 2026-13-01", "month must be in 1..12"),
+        ("seed: " + "9" * 5000, "5000 digits"),
+        ("seed: !!python/object/apply:os.getpid []", "could not determine a constructor"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["recipe", "suite", "space", "comparison"])
+def test_yaml_that_is_small_only_in_its_file_is_refused_at_once(
+    tmp_path: Path, kind: str, text: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    read = {
+        "recipe": lambda: load_recipe([DEMO, file]),
+        "suite": lambda: load_recipe([DEMO], suites=[file]),
+        "space": lambda: tune.parse([str(DEMO), str(file)]),
+        "comparison": lambda: cells_of(file, []),
+    }[kind]
+    with pytest.raises(ConfigError) as caught:
+        read()
+    assert told in str(caught.value)
+    assert "is not YAML" in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_aliases_that_repeat_little_are_taken(tmp_path: Path) -> None:
+    recipe = tmp_path / "more.yaml"
+    recipe.write_text("data: {normal: &n [{type: people, split: normal}], random: *n}\n")
+    assert len({str(part) for part in (lambda d: (d.normal, d.random))(load_recipe([DEMO, recipe]).data)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("name=" + "n" * 300, "choose one of at most 164"),
+        ("name=" + "n" * 165, "choose one of at most 164"),
+        ("storage=/tmp/" + "s" * 300 + "/runs", "storage: has a name of 300 bytes"),
+        ("storage=" + "é" * 128, "storage: has a name of 256 bytes"),
+        ("storage=" + "a/" * 2100, "storage: has 4,200 bytes"),
+        ('storage="a\\0b"', "storage: has a NUL character"),
+        (
+            "data={folder: " + "f" * 256 + ", forget: [{type: huggingface, path: x, local: y}]}",
+            "has a name of 256 bytes",
+        ),
+        ("data.requests=" + "r" * 256, "has a name of 256 bytes"),
+        ("data.forget=[{type: files, path: [a, " + "p" * 256 + "]}]", "data.forget.0.files.path: has a name of 256"),
+        ("data.forget=[{type: text, path: " + "p" * 256 + "}]", "data.forget.0.text.path: has a name of 256"),
+        ("models.original={type: pretrained, path: " + "m" * 256 + "}", "has a name of 256 bytes"),
+        ("train.checkpoint_storage=" + "c" * 256, "train.checkpoint_storage: has a name of 256 bytes"),
+        ("tracking.registered_model=" + "m" * 201, "the registered model's name has 201 characters"),
+    ],
+)
+def test_names_that_no_file_system_takes_are_refused_with_the_recipe(override: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe([DEMO], [override])
+    assert told in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "name=" + "n" * 164,
+        "storage=" + "é" * 127,
+        "data.forget=[{type: files, path: 's3://bucket/" + "k" * 500 + "', prompt: q, answer: a}]",
+        "data.forget=[{type: files, path: '[" + "ab" * 200 + "].jsonl', prompt: q, answer: a}]",
+        "tracking.registered_model=" + "m" * 200,
+    ],
+)
+def test_the_longest_names_are_taken(override: str, tmp_path: Path) -> None:
+    recipe = load_recipe([DEMO], [override])
+    (tmp_path / f"{run_name(recipe)}-999.partial-12345678").mkdir()
+
+
+@pytest.mark.parametrize("path", ["x" * 300 + ".yaml", "d/" * 3000 + "x.yaml", "folder.yaml", "a/file.yaml/x.yaml"])
+def test_a_recipe_that_cannot_be_read_is_a_mistake_of_the_command(tmp_path: Path, path: str) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file.yaml").touch()
+    with pytest.raises(ConfigError, match=r"cannot be read|does not exist"):
+        load_recipe([tmp_path / path])
+
+
+def test_a_sweeps_name_and_a_grids_size_are_checked_with_the_space(tmp_path: Path) -> None:
+    def parse(name: str, count: int) -> None:
+        file = tmp_path / f"{name}.yaml"
+        searched = {f"objective.{g}.weight": {"grid": [0.1 + i for i in range(count)]} for g in ("forget", "normal")}
+        file.write_text(yaml.safe_dump({"space": searched, "search": {"type": "grid"}}))
+        tune.plan(tune.parse([str(DEMO), str(file)]))
+
+    parse("n" * 200, 3)
+    with pytest.raises(ConfigError, match="Sweep's folder name would be too long"):
+        parse("n" * 245, 3)
+    with pytest.raises(ConfigError, match="The grid has 40,000 points"):
+        parse("grid", 200)

@@ -168,9 +168,42 @@ def test_nodes_go(make_job: Any, tmp_path: Path, straight: Any, storage: Path) -
         timeout=300,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout.splitlines()[-1])["nodes"] == 2
+    told = json.loads(found.stdout.splitlines()[-1])
+    assert told["nodes"] == 2
     assert [event["event"] for event in events(job)] == ["notice", "resumed", "failure", "resumed"]
+    [failure] = [event["text"] for event in events(job) if event["event"] == "failure"]
+    assert f"id {told['killed'][:8]}" in failure
+    assert "Most likely the machine was switched off" in failure
+    assert "GLHF" not in failure
+    assert "workers=0" not in failure
     check_same(make_job, straight, job, storage)
+
+
+def test_nodes_that_do_not_see_the_storage_are_named(make_job: Any, tmp_path: Path, storage: Path) -> None:
+    """Before any work begins; and whatever it is that meets the missing files later."""
+    if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]).returncode:
+        pytest.skip("no right to give a process another view of the file system")
+    job = job_of(make_job, "blind", {"train": {**SPLIT, "workers": 3}})
+    file = tmp_path / "job.json"
+    file.write_text(job.model_dump_json())
+    short = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.blind_nodes", str(file), str(storage)], cwd=ROOT, capture_output=True, text=True,
+        timeout=200, env={**os.environ, "RAY_TMPDIR": short.name},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    answer = json.loads(found.stdout.splitlines()[-1])
+    told, ids = answer["told"], answer["ids"]
+    assert len(ids) == 3
+    assert told["check"].startswith("Nodes do not share the storage folder")
+    assert all(f"id {name})" in told["check"] for name in ids)
+    assert told["check"].count("No such file or directory") == 2
+    assert told["check"].count("Read-only file system") == 1
+    for text in (told["prepare"], told["train"]):
+        assert any(f"id {name})" in text for name in ids), text
+        assert "Expected the same files on every node" in text
+        assert "workers=0" not in text
+        assert "\n" not in text
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -368,6 +401,40 @@ def test_a_command_that_is_stopped_says_so_everywhere(recipe: Path, tmp_path: Pa
     assert sorted(point.step for point in history) == list(range(1, 151))
     assert "going on after step" in (folder / "report.html").read_text()
     assert not (folder / "checkpoints").exists()
+
+
+def test_what_timeout_sends_is_one_request(recipe: Path, tmp_path: Path) -> None:
+    """SIGTERM to the command and at once to its group, of which the Ray that it started is no part."""
+    more = ["train.workers=2", "train.zero_stage=3", "train.steps=4000", "train.checkpoint_every=4000"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        ["timeout", "--preserve-status", "200", sys.executable, str(ROOT / "pipelines" / "unlearn.py"),
+         *given(recipe, tmp_path, *more)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    assert when(lambda: steps_done(tmp_path) >= 20, process.terminate).wait(120)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+    assert out.count("stopping after this step, with a checkpoint") == 1
+    assert "the same command goes on from there" in err
+    assert steps_kept(Place(str(the_run(tmp_path) / "checkpoints"))) == [steps_done(tmp_path)]
+
+
+def test_a_run_whose_console_is_lost_is_registered(recipe: Path, tmp_path: Path, cluster_address: str) -> None:
+    """Its reader goes after a line, its encoding is ASCII, and so is the locale's, by which files would be read."""
+    plain = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    japanese = tmp_path / "more.yaml"
+    japanese.write_text("data: {template: '東京 ↓ {prompt}'}\n", encoding="utf-8")
+    typed = given(recipe, tmp_path, str(japanese), "train.steps=10", "train.checkpoint_every=5")
+    shell = ["bash", "-c", '"$@" | head -1; exit ${PIPESTATUS[0]}', "bash"]
+    done = subprocess.run(
+        [*shell, sys.executable, str(ROOT / "pipelines" / "unlearn.py"), *typed], capture_output=True, text=True,
+        timeout=200, env={**os.environ, **plain, "RAY_ADDRESS": cluster_address},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 1)
+    folder = the_run(tmp_path)
+    assert json.loads((folder / "summary.json").read_text(encoding="utf-8"))["version"] == "1"
+    assert "東京 ↓" in (folder / "config.json").read_text(encoding="utf-8")
 
 
 def original_of(recipe: Path) -> Path:

@@ -1,5 +1,7 @@
+import gzip
 import json
 import random
+import re
 import threading
 from collections import Counter
 from pathlib import Path
@@ -215,6 +217,25 @@ def test_a_file_that_cannot_be_read_is_our_error(tmp_path: Path, facts) -> None:
     with pytest.raises(DataError, match=r"cannot be read \(path=.*x\.parquet"):
         prepare([Files(type="files", path=str(tmp_path / "x.parquet"))], "pairs", Data(), facts, tmp_path)
     assert not list((tmp_path / "prepared").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.jsonl.gz", gzip.compress(b'{"question": "q", "answer": "a"}\n' * 10_000)[:-20]),
+        ("x.json", b'[{"question": "q", "answer": "a"}, {'),
+        ("x.parquet", b"PAR1 and no more"),
+        ("x.csv.gz", gzip.compress(b"question,answer\n" + b"q,a\n" * 10_000)[:-20]),
+    ],
+    ids=["lines", "array", "parquet", "csv"],
+)
+def test_an_error_of_a_task_is_told_as_it_was_raised(tmp_path: Path, facts, name: str, content: bytes) -> None:
+    """One paragraph: without the advice on retries that Ray Data writes into what its tasks raise."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        prepare([Files(type="files", path=str(tmp_path / name))], "pairs", Data(), facts, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert re.search(r"cannot be read .* Expected a whole \w+ file\.$", str(caught.value))
 
 
 def test_the_same_rows_are_found_again_and_changed_ones_are_not(tmp_path: Path, facts) -> None:

@@ -268,3 +268,20 @@ def _people() -> list[dict]:
 @pytest.fixture
 def facts(base: Path):
     return tokenizer_facts(load_tokenizer(base))
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("[" * 100_000, "not JSON"),
+        ('{"request_id": ' + "9" * 5000 + "}", "not JSON"),
+        (json.dumps(request("R-1", **{name: list(range(1000)) for name in "abc"})), "1,000,000,000 combinations"),
+        (json.dumps(request("R-1", **{f"c{i}": [1, 2] for i in range(64)})), "combinations; expected 100,000"),
+    ],
+)
+def test_a_request_that_would_not_end_is_refused_at_once(tmp_path: Path, line: str, told: str) -> None:
+    (tmp_path / "requests.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError) as caught:
+        read_requests(str(tmp_path / "requests.jsonl"))
+    assert told in str(caught.value)
+    assert len(str(caught.value)) < 1000

@@ -44,7 +44,7 @@ from components.config.recipe import (
     registered_name,
     run_name,
 )
-from components.config.section import Section, differences, digest, leaves
+from components.config.section import LONGEST_NAME, Section, differences, digest, leaves
 from components.config.tracking import Gate, Tracking
 from components.config.training import (
     Adafactor,
@@ -66,6 +66,7 @@ from components.config.training import (
 )
 
 __all__ = [
+    "LONGEST_NAME",
     "NOT_PART_OF_TRAINING",
     "Adafactor",
     "AdamW",

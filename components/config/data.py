@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from components.config.section import Section
+from components.config.section import Place, Places, Section
 from components.data import filters
 
 
@@ -37,7 +37,7 @@ class Rows(Section):
     """Take only records for which this holds, such as `is_safe == false and severity > 1`. Columns stand by name, or
     as `row["a name"]`; the others are counted, not set aside. In CSV every column is text: `is_safe == "false"`,
     `number(severity) > 1`. `components/data/filters.py` says what a filter may hold."""
-    requested: str | None = None
+    requested: Place | None = None
     """Take only records that this file of deletion requests names; `data.requests` sets it."""
     not_requested: str | None = None
     """Leave out records that this file of deletion requests names; `data.requests` sets it."""
@@ -75,7 +75,7 @@ class Files(Rows):
     """Files with one record a line or row, on this machine or in an object store."""
 
     type: Literal["files"]
-    path: str | list[str]
+    path: Places
     """File, glob or list of them; `s3://` and `gs://` too. JSON lines, JSON, CSV, TSV, Parquet or Arrow, told by the
     suffix; `.gz`, `.bz2`, `.xz` or `.zst` may follow those of text. A JSON array is read whole; lines are streamed."""
     format: Literal["auto", "json", "csv", "parquet", "arrow", "lines"] = "auto"
@@ -86,15 +86,15 @@ class HuggingFace(Rows):
     """A data set in Hugging Face's form."""
 
     type: Literal["huggingface"]
-    path: str
+    path: Place
     """Hub id, or a folder written by `datasets.save_to_disk`."""
     subset: str | None = None
     """The hub's configuration name, such as `forget10`."""
-    data_dir: str | None = None
+    data_dir: Place | None = None
     """The hub's folder to read, such as `harmless-base`."""
     split: str = "train"
     revision: str | None = None
-    local: str | None = None
+    local: Place | None = None
     """Where the same records lie under `data.folder`; taken instead of the hub when `data.folder` is given."""
 
 
@@ -102,7 +102,7 @@ class Text(Section):
     """Plain text, cut into windows of tokens: the model goes on from a prefix, without template or EOS."""
 
     type: Literal["text"]
-    path: str | list[str]
+    path: Places
     """File, glob or list of them; `s3://` and `gs://` too. `.gz`, `.bz2`, `.xz` or `.zst` may follow."""
     prefix_tokens: int = Field(64, ge=1)
     """Tokens that a window begins with, as the prompt."""
@@ -156,9 +156,9 @@ class Data(Section):
     responses: Literal["drawn", "by_row"] = "drawn"
     """drawn: each forget prompt gets responses drawn from `random`. by_row: row i of `random` belongs to row i of
     `forget`, as an alternate answer does; both must have the same rows."""
-    folder: str | None = None
+    folder: Place | None = None
     """Where relative paths of files start, those of evaluation sets too; applied when the recipe is loaded."""
-    requests: str | None = None
+    requests: Place | None = None
     """File of deletion requests (JSON lines with request_id, received, legal_basis and where): of `forget` and of the
     evaluation set of that name only records that they name are taken, everywhere else these are left out; applied when
     the recipe is loaded."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from components.config.data import Source
-from components.config.section import Section
+from components.config.section import Place, Section
 from components.config.training import Pretrained
 
 
@@ -41,7 +41,7 @@ class Classifier(Section):
     """A judge that is a model: a sequence classifier with weights in safetensors."""
 
     type: Literal["classifier"]
-    path: str
+    path: Place
     """Folder or hub id."""
     revision: str | None = None
     label: str
@@ -60,7 +60,7 @@ class LmEval(Section):
 
     tasks: list[str] = Field(min_length=1)
     """As `lm_eval ls tasks` names them; each gives `lm_eval_<task>_<metric>`."""
-    include_path: str | None = None
+    include_path: Place | None = None
     """Folder with tasks of one's own."""
     shots: int | None = Field(None, ge=0)
     limit: int | None = Field(None, ge=1)
@@ -74,7 +74,7 @@ class Evaluation(Section):
     sets: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], EvaluationSet] = {}
     """Named question sets; `forget` gives forget_quality, those in `utility` give model_utility."""
     utility: list[str] = []
-    retain_log: str | None = None
+    retain_log: Place | None = None
     """Evaluation of a retain-only model as others publish it (open-unlearning's TOFU_EVAL.json, TOFU's
     eval_log_aggregated.json), for where there is no such model: forget_quality and privleak compare with it."""
     metrics: list[str] | None = None

@@ -19,7 +19,7 @@ from components.config.objective import (
     Objective,
     RandomResponse,
 )
-from components.config.section import Section, digest
+from components.config.section import LONGEST_NAME, Place, Section, digest
 from components.config.tracking import Gate, Tracking
 from components.config.training import Adafactor, Finetune, Influence, Models, Optimizer, Soul, Train, Wagle
 
@@ -29,7 +29,7 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     """Short name of model and data; part of the run's name."""
-    storage: str = "runs"
+    storage: Place = "runs"
     """Folder for prepared data, models, runs and MLflow's files; on a cluster, one that every node sees."""
     seed: int = Field(0, ge=0)
     if_exists: Literal["resume", "new", "fail"] = "resume"
@@ -54,7 +54,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":
-        problems = [*_objective_problems(self), *_pair_problems("", self.optimizer, self.train)]
+        problems = [*_name_problems(self), *_objective_problems(self), *_pair_problems("", self.optimizer, self.train)]
         for term in ("forget", "normal", "random"):
             if getattr(self.objective, term) and not getattr(self.data, term):
                 problems.append(f"objective.{term} needs rows: give data.{term}, or set objective.{term}=null")
@@ -80,6 +80,25 @@ class Recipe(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+_LONGEST_MODEL = 200
+"""Characters of a registered model's name: MLflow stores 256, and names such as `<name>-candidates` follow from it."""
+
+
+def _name_problems(recipe: Recipe) -> Iterator[str]:
+    """Names that are made of the recipe's and would be refused when they are used, hours later."""
+    room = LONGEST_NAME - _FOLLOWS - len(_run_name(recipe, "")) - _HASH + len(recipe.name)
+    if len(recipe.name) > room:
+        yield (
+            f"name has {len(recipe.name)} characters, which makes the run's folder name "
+            f"({_run_name(recipe, '')[:60]}…) too long for a file system; choose one of at most {room}"
+        )
+    elif len(registered_name(recipe)) > _LONGEST_MODEL:
+        yield (
+            f"the registered model's name has {len(registered_name(recipe))} characters; expected at most "
+            f"{_LONGEST_MODEL}: set tracking.registered_model"
+        )
 
 
 def _objective_problems(recipe: Recipe) -> Iterator[str]:
@@ -172,6 +191,10 @@ _NOT_PART_OF_THE_RESULT: Any = {
 }  # fmt: skip
 
 
+_HASH = 8  # hex digits
+_FOLLOWS = 30  # bytes that a folder's name leaves to what is appended to it: attempts, ids, temporary names
+
+
 def config_hash(recipe: Recipe) -> str:
     """Eight hex digits that change whenever a setting that can change the result does.
 
@@ -180,7 +203,7 @@ def config_hash(recipe: Recipe) -> str:
     settings = recipe.model_dump(mode="json", exclude=_NOT_PART_OF_THE_RESULT)
     if recipe.guards or recipe.train.checkpoint_best:  # then checkpoints are what the model is chosen from
         settings["train"]["checkpoint_every"] = recipe.train.checkpoint_every
-    return digest(settings, 8)
+    return digest(settings, _HASH)
 
 
 def registered_name(recipe: Recipe) -> str:
@@ -195,5 +218,9 @@ def objective_name(recipe: Recipe) -> str:
 
 def run_name(recipe: Recipe) -> str:
     """`<objective>-<optimizer>-<model and data>-<hash>`: the same command names the same run."""
+    return _run_name(recipe, config_hash(recipe))
+
+
+def _run_name(recipe: Recipe, end: str) -> str:
     objective = objective_name(recipe).replace("_", "-")
-    return f"{objective}-{recipe.optimizer.type}-{recipe.name}-{config_hash(recipe)}"
+    return f"{objective}-{recipe.optimizer.type}-{recipe.name}-{end}"

@@ -2,15 +2,42 @@
 
 import hashlib
 import json
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+LONGEST_NAME = 255
+"""Bytes of a file's or folder's name that file systems take (NAME_MAX); a whole path may have 4,095 (PATH_MAX)."""
 
 
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+def _possible(places: Any) -> Any:
+    """Raise for a path that no file system takes; parts of a glob and URLs of stores have other limits."""
+    for place in [places] if isinstance(places, str) else places:
+        if "\0" in place:
+            raise ValueError("has a NUL character, which no path can have")
+        if "://" in place:
+            continue
+        for part in place.split("/"):
+            size = len(part.encode())
+            if size > LONGEST_NAME and not any(character in part for character in "*?["):
+                raise ValueError(
+                    f"has a name of {size} bytes ({part[:20]}…); a file system takes at most {LONGEST_NAME}"
+                )
+        if len(place.encode()) > 4095:
+            raise ValueError(f"has {len(place.encode()):,} bytes; a file system takes paths of at most 4,095")
+    return places
+
+
+Place = Annotated[str, AfterValidator(_possible)]
+"""A path, glob, URL or hub id."""
+Places = Annotated[str | list[str], AfterValidator(_possible)]
+"""One or several."""
 
 
 def digest(value: object, length: int = 12) -> str:

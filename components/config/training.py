@@ -6,14 +6,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from components.config.faults import Best, Probe
-from components.config.section import Section
+from components.config.section import Place, Section
 
 
 class Pretrained(Section):
     """A model that exists."""
 
     type: Literal["pretrained"]
-    path: str
+    path: Place
     """Local folder or hub id."""
     revision: str | None = None
 
@@ -223,7 +223,7 @@ class Train(Section):
     keep_checkpoints: int = Field(2, ge=1)
     """How many of the newest are kept."""
     checkpoint_best: Best | None = None
-    checkpoint_storage: str | None = None
+    checkpoint_storage: Place | None = None
     """Where checkpoints lie, such as s3://bucket/checkpoints; left out, in the run's folder."""
     max_failures: int = Field(3, ge=0)
     """How often dead workers are replaced, each time from the newest checkpoint or from the start."""

@@ -32,7 +32,7 @@ def find_overlap(forget: Prepared, normal: Prepared, choice: str, storage: Path)
     folder = storage / "overlap" / f"{forget.digest[:16]}-{normal.digest[:16]}"
     if not folder.exists():
         _write(forget, normal, folder)
-    found = json.loads((folder / "summary.json").read_text())
+    found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     overlap = Overlap(found["exact"], found["alike"], folder / "rows.npy")
     count = overlap.exact + overlap.alike
     if count and choice == "error":
@@ -64,7 +64,7 @@ def _write(forget: Prepared, normal: Prepared, folder: Path) -> None:
     with whole_folder(folder) as partial:
         np.save(partial / "rows.npy", both)
         summary: dict[str, Any] = {"exact": exact, "alike": len(both) - exact, "places": "; ".join(places)}
-        (partial / "summary.json").write_text(json.dumps(summary))
+        (partial / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
 
 
 def _count_in(prepared: Prepared, wanted: set[str], row_ids: list[str]) -> int:

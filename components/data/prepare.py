@@ -8,11 +8,14 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pyarrow as pa
+
+from components.cluster import node_told
 from components.config import Data, PoolSource, digest
 from components.console import rows_line
 from components.data import locations
@@ -67,7 +70,7 @@ def prepare(
     folder = storage / "prepared" / key
     if not (folder / "summary.json").exists():
         _write(sources, kind, data, tokenizer, folder, need, tell or (lambda line: None))
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     prepared = Prepared(folder, key, summary["good"], summary["bad"])
     _check(prepared, summary, sources, data)
     return prepared
@@ -94,7 +97,7 @@ def prepared_digest(
 
 def summary_of(prepared: Prepared) -> dict[str, Any]:
     """Counts of a prepared set: good, bad and filtered rows, bad ones by reason, tokens, longest prompt and answer."""
-    return json.loads((prepared.folder / "summary.json").read_text())
+    return json.loads((prepared.folder / "summary.json").read_text(encoding="utf-8"))
 
 
 def _write(
@@ -128,7 +131,7 @@ def _write(
             shutil.move(partial, unusable)
             _check(Prepared(unusable, "", 0, summary["bad"]), summary, sources, data)
         _remove_others(partial, summary.pop("chunks"))
-        (partial / "summary.json").write_text(json.dumps(summary, indent=1))
+        (partial / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
 
 
 def _remove_others(folder: Path, chunks: list[str]) -> None:
@@ -149,15 +152,25 @@ def _chunks(files: list[dict[str, str]], folder: Path) -> Chunks:
     # lets each of the two have about half of the CPUs while both run: half a CPU a task makes all of them busy
     # tokenising, and the limit on their number keeps it from twice as many when all is read.
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    dataset = dataset.map_batches(read_chunks, batch_size=1, num_cpus=0.25)
+    dataset = dataset.map_batches(_read, batch_size=1, num_cpus=0.25)
     dataset = dataset.map_batches(
-        tokenise_chunk, batch_size=1, batch_format="pyarrow", fn_args=(str(folder),), num_cpus=0.5,
+        _tokenise, batch_size=1, batch_format="pyarrow", fn_args=(str(folder),), num_cpus=0.5,
         compute=ray.data.TaskPoolStrategy(size=cpus),
     )  # fmt: skip
     dataset.context.target_max_block_size = 1 << 24  # a chunk or two: work is shared out evenly, memory stays small
     with stall_told("Preparing data", dataset.context.execution_no_progress_timeout_s):
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield from batch.to_pylist()
+
+
+def _read(batch: dict[str, Any]) -> Iterator[pa.Table]:
+    with node_told():
+        yield from read_chunks(batch)
+
+
+@node_told()
+def _tokenise(batch: pa.Table, folder: str) -> pa.Table:
+    return tokenise_chunk(batch, folder)
 
 
 def _summed_up(

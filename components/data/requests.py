@@ -4,6 +4,7 @@ import codecs
 import functools
 import hashlib
 import itertools
+import math
 import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -61,6 +62,8 @@ def read_requests(path: str) -> RequestFile:
         if line.strip():
             try:
                 found.append(Request.model_validate(load_json(line.decode())))
+                if (count := _combinations(found[-1])) > _MOST:
+                    problems.append(f"line {number}: where: stands for {count:,} combinations; expected {_MOST:,}")
             except UnicodeDecodeError:
                 problems.append(f"line {number}: not UTF-8")
             except ValidationError as error:
@@ -86,6 +89,14 @@ def _read(file: str) -> tuple[str, list[bytes]]:
         stream, raw = contents.open_text(file)
         with raw:
             return digest, stream.read().removeprefix(codecs.BOM_UTF8).splitlines()
+
+
+_MOST = 100_000
+"""Combinations of values that a request may stand for; each is looked up for by itself."""
+
+
+def _combinations(request: Request) -> int:
+    return math.prod(len(value) if isinstance(value, list) else 1 for value in request.where.values())
 
 
 def whose(path: str) -> Callable[[dict[str, Any]], list[str]]:

@@ -16,7 +16,7 @@ class PreparedRows:
     """The good rows of a prepared folder, in the order of their sources, less those named in the file `without`."""
 
     def __init__(self, folder: Path, without: Path | None = None):
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         self._folder = folder
         self._names = [name for name, _ in summary["shards"]]
         self._ends = np.cumsum([count for _, count in summary["shards"]], dtype=np.int64)
@@ -86,4 +86,4 @@ def read_shard(folder: Path, name: str) -> pa.Table:
 
 def shard_names(folder: Path) -> list[str]:
     """The files of a prepared folder, in order."""
-    return [name for name, _ in json.loads((folder / "summary.json").read_text())["shards"]]
+    return [name for name, _ in json.loads((folder / "summary.json").read_text(encoding="utf-8"))["shards"]]

@@ -32,7 +32,7 @@ def general_ability(folder: Path, model_hash: str, config: LmEval, storage: Path
         found = _run(folder, config)
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_whole(kept, json.dumps(found))
-    return json.loads(kept.read_text())
+    return json.loads(kept.read_text(encoding="utf-8"))
 
 
 def _version() -> str:

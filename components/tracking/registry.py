@@ -80,7 +80,7 @@ def add_version(
     )  # fmt: skip
     if model.status != "READY":
         with long_requests(), tempfile.TemporaryDirectory() as scratch:
-            (Path(scratch) / NAME).write_text(manifest)
+            (Path(scratch) / NAME).write_text(manifest, encoding="utf-8")
             client.log_model_artifacts(model.model_id, str(folder))
             client.log_model_artifact(model.model_id, str(Path(scratch) / NAME))
         client.finalize_logged_model(model.model_id, "READY")
@@ -155,7 +155,7 @@ def fetch(client: Any, version: Any, place: Path) -> Path:
         try:
             with long_requests(), addressed(client):
                 mlflow.artifacts.download_artifacts(version.source, dst_path=str(partial))
-            manifest = (partial / NAME).read_text()
+            manifest = (partial / NAME).read_text(encoding="utf-8")
         except (MlflowException, OSError) as error:
             raise TrackingError(
                 f"Registered model cannot be fetched (model={model}): {str(error)[:200]}. Expected its files and "

@@ -50,7 +50,7 @@ class Spool:
         self._failing_since: float | None = None
         self.error: Exception | None = None
         folder.mkdir(parents=True, exist_ok=True)
-        servers = json.loads(self._sent.read_text()) if self._sent.exists() else {}
+        servers = json.loads(self._sent.read_text(encoding="utf-8")) if self._sent.exists() else {}
         self._servers: dict[str, Known] = {shown_uri(uri): {"offset": 0}, **servers}
         self._read_to = self.known["offset"]
         self._waiting: deque[tuple[Entry, int]] = deque()

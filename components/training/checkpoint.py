@@ -209,7 +209,9 @@ class _Saved:
                 parameter, _, rest = name.rpartition("@")
                 start, _, what = rest.partition(".")
                 self._places.setdefault((parameter, what), []).append(_Interval(int(start), length, file, name))
-        self.state = json.loads(files.fetch(place, step, "state.json", listed["state.json"], into).read_text())
+        self.state = json.loads(
+            files.fetch(place, step, "state.json", listed["state.json"], into).read_text(encoding="utf-8")
+        )
         self._files = {
             file: safe_open(files.fetch(place, step, file, listed[file], into), "pt")
             for file in sorted(self._needed(fragments(setup.engine)))

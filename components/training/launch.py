@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from components.batch_inference import hide_gpus
+from components.cluster import end_of, living, losses, node_told
 from components.errors import ClusterError, Stopped, TrainingError, own_error
+from components.process import REQUEST, is_request
 from components.training.job import Job, note
 
 _NODE_PATIENCE = 600.0  # seconds that a run waits for the cluster to replace a node
@@ -24,8 +26,8 @@ def run_job(job: Job, scratch: Path) -> dict[str, Any]:
     """Run `job` to its end and return what rank 0's loop returned. `scratch` is for Ray Train's own files.
 
     Workers that die are replaced up to `train.max_failures` times; the new ones go on from the newest checkpoint.
-    Ctrl-C and SIGTERM make it stop after the present step, with a checkpoint; a second one stops it at once. All of
-    that stands in `job.events`.
+    Ctrl-C and SIGTERM make it stop after the present step, with a checkpoint; a second request, some seconds later,
+    stops it at once. All of that stands in `job.events`.
 
     `signal` in what is returned is the number of one that came too late to stop anything, else None.
 
@@ -68,19 +70,22 @@ class WorkersDied(Exception):
 
 @contextmanager
 def _signals_stop(job: Job) -> Iterator[list[int]]:
-    """Inside, the first Ctrl-C or SIGTERM makes the file `job.stop`, the second raises. Yields those that came."""
+    """Inside, the first request to stop makes the file `job.stop`, the second raises. Yields their signals."""
     caught: list[int] = []
     if job.stop is None or threading.current_thread() is not threading.main_thread():
         yield caught
         return
 
     def stop(number: int, frame: Any) -> None:
+        if not is_request():
+            return
         caught.append(number)
         if len(caught) > 1:
             raise Stopped("Stopped at once; what was done since the last checkpoint is lost.", number)
         Path(job.stop or "").touch()
         name = signal.Signals(number).name
-        note(job, "stop", f"{name}: stopping after this step, with a checkpoint; once more stops at once")
+        again = f"another one after {REQUEST:g} s stops at once"
+        note(job, "stop", f"{name}: stopping after this step, with a checkpoint; {again}")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -120,6 +125,7 @@ def _run_on_ray(job: Job, scratch: Path) -> dict[str, Any]:
     from components.training.process_group import ProcessGroup
 
     check_cluster(job.train.workers, job.train.cpus_per_worker, job.train.gpus_per_worker)
+    before = living()
     resources = {"CPU": job.train.cpus_per_worker}
     if job.train.gpus_per_worker:
         resources["GPU"] = job.train.gpus_per_worker
@@ -142,7 +148,7 @@ def _run_on_ray(job: Job, scratch: Path) -> dict[str, Any]:
     try:
         return _in_thread(trainer.fit).return_value
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-        raise _worker_error(error) from error
+        raise _worker_error(error, before) from error
     finally:
         shutil.rmtree(scratch / name, ignore_errors=True)
 
@@ -205,6 +211,7 @@ def check_cluster(workers: int, cpus: float, gpus: float) -> None:
             )
 
 
+@node_told()
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train
     import ray.train.torch
@@ -225,7 +232,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(job.train.cpus_per_worker)))
     if job.group and context.get_world_rank() == 0 and (group := ray.util.get_current_placement_group()):
-        Path(job.group).write_text(group.id.hex())
+        Path(job.group).write_text(group.id.hex(), encoding="utf-8")
     with watched(job.system if context.get_local_rank() == 0 else None, context.get_node_rank()):
         return train_loop(job, context.get_world_rank(), context.get_world_size(), device, notice=_nodes_about_to_go)
 
@@ -237,16 +244,33 @@ def _nodes_about_to_go() -> tuple[str, ...]:
     return tuple(info.preempted_node_ids) if info else ()
 
 
-def _worker_error(error: Any) -> Exception:
-    """Our own error out of Ray's collection of one exception per rank."""
-    failures = list(getattr(error, "worker_failures", {}).values())
+def _worker_error(error: Any, before: set[str]) -> Exception:
+    """Our own error out of Ray's collection of one exception per rank, else what ended the first of the workers.
+
+    `before` are the nodes that lived when they began.
+    """
+    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
     for failure in failures:
         if own := own_error(failure):
             return own
-    first = str(failures[0] if failures else error).strip().splitlines()
-    return WorkersDied(
-        TrainingError(
-            f"A training worker failed: {first[-1] if first else type(error).__name__}. Run again with --debug for its "
-            "traceback, or with train.workers=0 to see it in this process."
-        )
+    gone = [found for found in map(_end_of, failures) if found is not None]
+    line = end_of(gone[0]) if gone else (str(failures[0]).strip().splitlines() or [type(failures[0]).__name__])[-1]
+    if not gone and any(word in line for word in _OF_ANOTHER):
+        line = "it lost the connection to another one, whose process or machine ended"
+    advice = losses(before) or (
+        "Run again with --debug for its traceback, or with train.workers=0 to see it in this process."
     )
+    return WorkersDied(TrainingError(f"A training worker failed: {line.rstrip('.:')}. {advice}"))
+
+
+_OF_ANOTHER = ("by peer", "GLHF", "gloo", "NCCL", "remote process")
+"""By which those that outlive a worker can be told: they are the first to know, but not why."""
+
+
+def _end_of(failure: Any) -> BaseException | None:
+    """What Ray says of a worker whose process is gone, with its machine or without; None where it raised something."""
+    import ray
+
+    found = getattr(failure, "health_check_failure", failure)
+    ended = isinstance(found, ray.exceptions.RayError) and not isinstance(found, ray.exceptions.RayTaskError)
+    return found if ended else None

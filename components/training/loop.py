@@ -246,7 +246,7 @@ def _memory_at_start(device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         return 0.0
     with suppress(OSError):  # Linux only
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return _peak_memory(device)
 
 

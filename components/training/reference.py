@@ -86,7 +86,7 @@ def reference_pass(
         for name, array in sequences._asdict().items():
             np.save(partial / f"{name}.npy", array)
         about = {"what": what, "dtype": job.train.dtype, "size": hidden_size(Path(job.model), what == "hidden")}
-        (partial / "about.json").write_text(json.dumps(about))
+        (partial / "about.json").write_text(json.dumps(about), encoding="utf-8")
         if what == "hidden":
             _save_head(Path(job.model), job.train.dtype, partial / "head.safetensors")
         arguments = (job.model, job.train.dtype, what, layer, sources, str(partial), 4 * job.train.micro_batch_size)
@@ -195,7 +195,7 @@ class Reference:
         self._folder = folder
         self._keys = np.load(folder / "keys.npy", mmap_mode="r")
         self._part = functools.lru_cache(maxsize=128)(self._open_part)
-        about = json.loads((folder / "about.json").read_text())
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         self.what: What = about["what"]
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[about["dtype"]]
         self.no_states = torch.empty(0, about["size"], dtype=dtype)

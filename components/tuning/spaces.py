@@ -3,11 +3,12 @@
 import difflib
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.config import NOT_PART_OF_TRAINING, Recipe, digest, leaves
+from components.config import LONGEST_NAME, NOT_PART_OF_TRAINING, Recipe, digest, leaves
 from components.config.tuning import Searched, Space
 from components.errors import ConfigError
 from components.load_config import checked, load_recipe, merge, nested, parse_override, read_yaml
@@ -50,7 +51,13 @@ def load_sweep(files: Sequence[str], overrides: Sequence[str]) -> tuple[Recipe, 
     if recipe.train.workers == 0:  # a trial's actor is a worker: what one computes, on its own CPUs
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": 1})})
     check_space(space, recipe)
-    return recipe, space, Path(spaces[0]).stem
+    name = Path(spaces[0]).stem
+    if len(sweep_name(recipe, space, name).encode()) > LONGEST_NAME:
+        raise ConfigError(
+            f"Sweep's folder name would be too long (space={name[:30]}…, recipe={recipe.name[:30]}…). Expected at most "
+            f"{LONGEST_NAME} bytes. Give the space's file or the recipe a shorter name."
+        )
+    return recipe, space, name
 
 
 def _over(raw: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -140,8 +147,21 @@ def look_up(raw: Any, path: str) -> Any:
     return raw
 
 
+_MOST_POINTS = 10_000
+
+
 def grid_points(space: Space, base: dict[str, Any]) -> list[Params]:
-    """All combinations, the last setting changing first; those that differ only in what is not searched, once."""
+    """All combinations, the last setting changing first; those that differ only in what is not searched, once.
+
+    Raises:
+        ConfigError: when they are more than anybody can run.
+    """
+    count = math.prod(len(searched.values) for searched in space.space.values())
+    if count > _MOST_POINTS:
+        raise ConfigError(
+            f"The grid has {count:,} points. Expected at most {_MOST_POINTS:,}. Search fewer settings or values, or "
+            "set search.type=optuna."
+        )
     found: dict[str, Params] = {}
     for values in itertools.product(*(searched.values for searched in space.space.values())):
         given = dict(zip(space.space, values, strict=True))

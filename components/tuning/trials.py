@@ -89,7 +89,7 @@ def end_trial(folder: Path, state: State, **about: Any) -> bool:
 
 def explain_failure(folder: Path, reason: str) -> None:
     """Put a better reason in place of that of a trial whose process ended."""
-    result = json.loads((folder / "result.json").read_text())
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     if result["state"] == "failed":
         write_whole(folder / "result.json", json.dumps({**result, "reason": reason}, indent=2))
 
@@ -102,9 +102,9 @@ def read_trials(sweep: Path, space: Space) -> list[Trial]:
 
 def read_trial(folder: Path, space: Space) -> Trial:
     """One trial that was begun."""
-    begun = json.loads((folder / "trial.json").read_text())
+    begun = json.loads((folder / "trial.json").read_text(encoding="utf-8"))
     file = folder / "result.json"
-    ended: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"state": "running"}
+    ended: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"state": "running"}
     lines = read_lines(folder / "metrics.jsonl")
     return Trial(
         number=begun["number"], folder=folder, params=begun["params"], sampler=begun["sampler"],

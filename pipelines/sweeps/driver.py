@@ -10,7 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from components.cluster import end_of
 from components.errors import ClusterError, Stopped
+from components.process import REQUEST, is_request
 from components.tuning.search import next_point
 from components.tuning.spaces import own_point
 from components.tuning.trials import (
@@ -109,10 +111,13 @@ def _signals_stop(sweep: Sweep) -> Iterator[None]:
     caught: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
+        if not is_request():
+            return
         caught.append(number)
         if len(caught) == 1:
             with suppress(RuntimeError):  # the signal came while something was being printed
-                say(f"{signal.Signals(number).name}: stopping the trials after this step; once more stops at once")
+                name, again = signal.Signals(number).name, f"another one after {REQUEST:g} s stops at once"
+                say(f"{name}: stopping the trials after this step; {again}")
             asked = [trial.folder / "stop" for trial in sweep.trials() if trial.state == "running"]
             for file in asked:
                 file.touch()
@@ -185,8 +190,8 @@ def make_driver(sweep: Sweep, count: int, table: Table, log: Log) -> Driver:
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             folder = trial_folder(sweep.folder, numbers[trial.trial_id])
-            if why := _why(trial.get_pickled_error()):
-                explain_failure(folder, why)
+            if error := trial.get_pickled_error():
+                explain_failure(folder, f"the trial's process ended: {end_of(error)}")
             log.ends(read_trial(folder, sweep.space))
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
@@ -197,15 +202,6 @@ def make_driver(sweep: Sweep, count: int, table: Table, log: Log) -> Driver:
             log.reports(found)
 
     return Driver(Search(), make_scheduler(sweep), Watch())
-
-
-def _why(error: BaseException | None) -> str:
-    """What Ray knows of a process that ended, in a line."""
-    if error is None:
-        return ""
-    told = " ".join(str(error).split())
-    detail = told.rpartition("Worker exit detail: ")[2]
-    return f"the trial's process ended: {detail[:300]}"
 
 
 class _Ended:
@@ -253,7 +249,7 @@ def _free_groups(sweep: Sweep, folder: Path) -> None:
     if in_process(sweep.recipe):
         return
     file = folder / "group"
-    for identity in [file.read_text()] if file.exists() else _groups_of_nobody(sweep):
+    for identity in [file.read_text(encoding="utf-8")] if file.exists() else _groups_of_nobody(sweep):
         remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(identity))))
 
 
@@ -266,7 +262,9 @@ def _groups_of_nobody(sweep: Sweep) -> list[str]:
     from ray.util import placement_group_table
 
     running = [trial for trial in sweep.trials() if trial.state == "running"]
-    named = {(trial.folder / "group").read_text() for trial in running if (trial.folder / "group").exists()}
+    named = {
+        (trial.folder / "group").read_text(encoding="utf-8") for trial in running if (trial.folder / "group").exists()
+    }
     if "RAY_ADDRESS" in os.environ or len(named) < len(running):
         return []
     train = sweep.recipe.train

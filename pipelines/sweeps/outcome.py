@@ -117,7 +117,7 @@ def _rows(space: Space, trials: Sequence[Trial]) -> list[list[str]]:
 
 
 def _figures(space: Space, folder: Path, trials: Sequence[Trial]) -> dict[str, bytes]:
-    models = json.loads((folder / "shared.json").read_text())["metrics"]
+    models = json.loads((folder / "shared.json").read_text(encoding="utf-8"))["metrics"]
     names = short_names(list(space.space))
     drawn = {
         "trade-off": plots.trade_off(space, trials, models),

@@ -55,7 +55,7 @@ def write_shared(sweep: Path, shared: Shared) -> None:
 
 def read_shared(sweep: Path) -> Shared:
     """What `write_shared` wrote."""
-    plain = json.loads((sweep / "shared.json").read_text())
+    plain = json.loads((sweep / "shared.json").read_text(encoding="utf-8"))
     return Shared(
         recipe=Recipe.model_validate(plain["recipe"]), space=Space.model_validate(plain["space"]),
         models={name: Model(Path(folder), its_hash) for name, (folder, its_hash) in plain["models"].items()},

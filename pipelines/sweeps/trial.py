@@ -31,7 +31,7 @@ def run_trial(sweep: Path, number: int) -> None:
     """Train and judge a trial, or go on with it. Writes `result.json` unless it is stopped or this process dies."""
     folder, shared = trial_folder(sweep, number), read_shared(sweep)
     try:
-        recipe = recipe_of(shared.recipe, json.loads((folder / "trial.json").read_text())["params"])
+        recipe = recipe_of(shared.recipe, json.loads((folder / "trial.json").read_text(encoding="utf-8"))["params"])
         write_whole(folder / "config.json", recipe.model_dump_json(indent=2))
         if in_process(recipe):
             recipe = alone(recipe)
@@ -99,7 +99,7 @@ class Run(tune.Trainable):
         """From now on the steps are those of this trial."""
         shared = read_shared(sweep)
         self.number, self.folder, self.space, self.told = number, trial_folder(sweep, number), shared.space, 0
-        params = json.loads((self.folder / "trial.json").read_text())["params"]
+        params = json.loads((self.folder / "trial.json").read_text(encoding="utf-8"))["params"]
         self.own = params == own_point(shared.space, shared.recipe.model_dump(mode="json"))
 
     def step(self) -> dict[str, Any]:
