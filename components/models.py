@@ -50,9 +50,9 @@ def local_folder(model: Pretrained, storage: Path) -> Path:
 def tokenizer_folder(model: Pretrained, storage: Path) -> Path:
     """Like `local_folder`, for who needs no weights: they may be missing, and are not fetched."""
     path = Path(model.path).expanduser()
-    if (path / "tokenizer.json").is_file():
+    if path.is_dir():
         return path.resolve()
-    if path.is_dir() or not _is_hub_id(model.path):
+    if not _is_hub_id(model.path):
         return local_folder(model, storage)
     return _from_hub(model, storage / "tokenizers", ["*.json", "*.jinja"])
 
@@ -113,7 +113,10 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 def _open_tokenizer(folder: Path) -> Any:
     expected = "Expected tokenizer.json, as save_pretrained of a fast tokenizer writes it."
     try:
-        return _from_folder("AutoTokenizer", folder, "Tokenizer", expected)
+        tokenizer = _from_folder("AutoTokenizer", folder, "Tokenizer", expected)
+        with _told("Tokenizer", folder, expected):
+            tokenizer("")  # what it adds to each text
+        return tokenizer
     except ModelError as error:
         problem = None if _NEEDS_CODE in str(error) else _tokenizer_problem(folder)
         if problem is None:
@@ -212,7 +215,7 @@ def _check_vocabulary(folder: Path, config: Any, tokenizer: Any) -> None:
     if not tokenizer.is_fast or not isinstance(rows, int):
         return
     plain = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()
-    highest = max([*plain, *(i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None)], default=-1)
+    highest = max([*plain, tokenizer.eos_token_id or 0])
     if highest >= rows:
         raise ModelError(
             f"Tokenizer and model do not belong together (path={folder}, highest token id={highest}, "
@@ -438,20 +441,23 @@ def _told(what: str, folder: Path, expected: str) -> Iterator[None]:
     """Turn whatever a library raises on a foreign folder into an error that names the folder and the cause.
 
     Raises:
-        ModelError: in place of any Exception but our own.
+        ModelError: in place of any error but our own.
     """
     try:
         yield
     except UnlearnError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        # Libraries in Rust panic with something that is no Exception and cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelError(f"{what} cannot be loaded (path={folder}): {_cause(error)}. {expected}") from error
 
 
 _NEEDS_CODE = "it needs code from its own folder, which is never run"
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: BaseException) -> str:
     """What a library says, on one line: without lists of all its classes, nor the advice to run the folder's code."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:

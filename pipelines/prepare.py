@@ -216,8 +216,9 @@ def _tokenizer(recipe: Recipe) -> TokenizerFacts:
     assert model is not None  # the recipe's own check
     storage = storage_folder(recipe)
     folder = tokenizer_folder(model, storage) if isinstance(model, Pretrained) else base_folder(recipe)
+    facts = tokenizer_facts(load_tokenizer(folder))
     check_context(recipe, folder)
-    return tokenizer_facts(load_tokenizer(folder))
+    return facts
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

@@ -400,6 +400,7 @@ def entry(shape: Any, end: Any = 4) -> bytes:
         (header(entry([4], 16), 4), r"cut short or damaged \(\d+ bytes, \d+ by its header"),
         (header(entry([1]), 100), "cut short or damaged"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_damaged_weights_are_refused_before_they_are_believed(folder: Path, content: bytes, told: str) -> None:
     (folder / "model.safetensors").write_bytes(content)
@@ -549,6 +550,24 @@ def test_a_tokenizer_that_is_none(folder: Path, files: dict[str, str | None], to
     for read in (load_tokenizer, check_model):
         with pytest.raises(ModelError, match=rf"Tokenizer cannot be loaded \(path={folder}\): .*{told}"):
             read(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        ("post_processor", {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<zz>", "type_id": 0}}],
+                            "pair": [], "special_tokens": {}}),
+        ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(["}, "behavior": "Isolated", "invert": False}),
+        ("model", {"type": "Unigram", "unk_id": 7, "vocab": [["a", -1.0]]}),
+        ("model", {"type": "Unheard-of"}),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_whose_library_panics(folder: Path, part: str, value: Any) -> None:
+    """Some of these raise what is no Exception."""
+    change_json(folder / "tokenizer.json", **{part: value})
+    with pytest.raises(ModelError, match=r"Tokenizer cannot be loaded .*(Panic)?Exception"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("rows", [100, 257, 274])
