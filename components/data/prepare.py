@@ -30,7 +30,7 @@ right answer, its paraphrase and wrong answers, for evaluation."""
 Chunks = Generator[dict[str, Any], None, None]
 """What `tokenise_chunk` says of each chunk."""
 
-_FORMAT = 3  # raise when the columns or their meaning change: old folders are then made anew
+_FORMAT = 4  # raise when the columns or their meaning change: old folders are then made anew
 _HOPELESS = 10_000  # rows without a good one among them: a wrong column is told before the whole set is read
 _TELL_EVERY = 3.0  # seconds
 
@@ -112,8 +112,8 @@ def _write(
         Encoder(tokenizer, data_settings(data))
     except Unusable as reason:
         raise DataError(
-            f"Chat template cannot be used (data.system={data.system}): {reason}. Expected one that takes these "
-            "messages. Set data.template, or leave out data.system."
+            f"Chat template cannot be used (data.system={data.system}): {reason}. Expected one that writes the text of "
+            "each message. Set data.template or data.chat_variables, or leave out data.system."
         ) from None
     with whole_folder(folder) as partial:
         (partial / "rows").mkdir()
