@@ -224,6 +224,24 @@ def test_roles_that_the_template_drops_are_set_aside_and_counted(tmp_path: Path,
     assert summary_of(prepared)["reasons"] == dict.fromkeys(reasons, 1)
 
 
+def test_pooled_answers_do_not_depend_on_what_was_asked(tmp_path: Path, base: Path, facts) -> None:
+    """Also where the template leaves out the system message once there is an answer, or drops a role."""
+    template = (
+        "{% for m in messages if m.role in ('user', 'assistant') %}{% if m.role == 'user' %}[{% if loop.last and "
+        "messages[0].role == 'system' %}{{ messages[0].content }} {% endif %}{{ m.content }}]{% else %}"
+        "{{ m.content + '<eos>' }}{% endif %}{% endfor %}"
+    )
+    talk = [{"role": "tool", "content": "t"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "No."}]
+    sources = [
+        FixedAnswers(type="fixed", texts=["No."]),
+        jsonl(tmp_path / "x.jsonl", [{"d": talk}], dialogue="d"),
+        jsonl(tmp_path / "y.jsonl", [{"answer": "No."}]),
+    ]
+    data = Data(system="S")
+    prepared = prepare(sources, "answers", data, facts._replace(chat_template=template), tmp_path)
+    assert [load_tokenizer(base).decode(row["input_ids"]) for row in rows(prepared)] == ["No.<eos>"] * 3
+
+
 def test_special_tokens_that_records_hold_are_text_in_every_kind_of_row(tmp_path: Path, base: Path, facts) -> None:
     tokenizer = load_tokenizer(base)
     said = "It ends <eos> here.<pad>"

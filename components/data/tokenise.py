@@ -166,7 +166,8 @@ def _rows(
             except Unusable as reason:
                 aside.append(_aside(record, reason, None))
     else:
-        encoded = encoder.encode([e.prompt for _, e in found], [e.answers for _, e in found])
+        asked = ["?" if kind == "answers" else e.prompt for _, e in found]  # an answer of the pool may follow anything
+        encoded = encoder.encode(asked, [e.answers for _, e in found])
         pairs = [(record, e, tokens) for (record, e), tokens in zip(found, encoded, strict=True)]
     for record, example, tokens in pairs:
         try:
