@@ -35,6 +35,7 @@ CHANNELS = (
     + "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
 HEADINGS = EACH + "{{ '### ' + m.role + ': ' + m.content + '<eos>\\n' }}" + END
+NUMBERED = EACH + "{{ loop.index ~ ') ' ~ m.content ~ '<eos>' }}" + END
 BRACKETS = (
     EACH
     + (
@@ -76,6 +77,7 @@ def written(template: str, messages: list[Message], ask: bool, **variables: Any)
         pytest.param(CHAT, "<|end|>\n<|start|>assistant\n", "It is so.<|end|>", id="plain"),
         pytest.param(CHAT.removesuffix(ASK), "<|start|>assistant\n", "It is so.<|end|>", id="no generation prompt"),
         pytest.param(HEADINGS, "<eos>\n### assistant:", " It is so.<eos>", id="no generation prompt, a space"),
+        pytest.param(NUMBERED, "1) What is it?<eos>2)", " It is so.<eos>", id="no generation prompt, numbers"),
         pytest.param(BRACKETS, "is it? [/INST]", " It is so. <eos>", id="nothing to generate behind, a space"),
         pytest.param(
             THOUGHT_IN_LAST + ASK, "assistant\n<think>\n\n</think>\n\n", "It is so.<|end|>", id="an empty thought"
@@ -197,10 +199,12 @@ def test_a_text_that_does_not_arrive_whole_sets_its_row_aside(
         written_as("m.text"),
         written_as("m.content.parts"),
         written_as("m.role", KNOWN_ROLES),
+        CHAT + "{{ messages[-1].content }}",
+        CHAT + "{{ messages[0].content }}",
     ],
 )
-def test_a_template_that_writes_no_text_at_all_is_refused(facts: TokenizerFacts, template: str) -> None:
-    with pytest.raises(Unusable, match=r"drops or changes the text of role|refuses it"):
+def test_a_template_that_loses_a_text_or_the_order_is_refused(facts: TokenizerFacts, template: str) -> None:
+    with pytest.raises(Unusable, match=r"drops or changes the text of role|refuses it|writes the answer twice, or"):
         encoder(facts, template)
 
 

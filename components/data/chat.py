@@ -37,8 +37,10 @@ class _Frame(NamedTuple):
     """Which message's text stands behind each literal but the last."""
     header: str
     """What a finished conversation has between the last of these texts and the answer."""
+    boundary: tuple[str, str]
+    """What of the header ends the prompt, and what is left to stand in front of the answer."""
     after: str
-    """What it has behind the answer."""
+    """What a finished conversation has behind the answer."""
 
 
 class Chat:
@@ -101,7 +103,7 @@ class Chat:
         opening, after = frame.literals[-1], frame.after.rstrip() or frame.after
         for said in _stripped(answer):
             if whole.endswith(frame.header + said + frame.after):
-                end, lead = _boundary(opening, frame.header)
+                end, lead = frame.boundary
                 return end, [lead, said, after]
         # An answer that brings its own thought is not written behind the empty one that others get.
         for said in _stripped(answer):
@@ -112,19 +114,18 @@ class Chat:
         raise _dropped("assistant")
 
     def _find_frame(self, shape: _Shape) -> _Frame:
-        messages, number = _placeholders((*shape, ("assistant", True))), str(len(shape))
+        messages, last = _placeholders((*shape, ("assistant", True))), str(len(shape))
         asked = _PLACEHOLDER.split(self._render(messages[:-1], ask=True))
         for i, (role, has_text) in enumerate(shape):
             if has_text and str(i) not in asked[1::2]:
                 raise _dropped(role)
         finished = _PLACEHOLDER.split(self._render(messages, ask=False))
-        if number not in finished[1::2]:
+        if last not in finished[1::2]:
             raise _dropped("assistant")
-        if finished.index(number) != len(finished) - 2:
-            raise Unusable("chat template writes something that was said before behind the answer")
+        if finished[1::2].index(last) != len(finished[1::2]) - 1:
+            raise Unusable("chat template writes the answer twice, or what was said before it behind it")
         *_, header, _, after = finished
-        _boundary(asked[-1], header)  # one that does not fit is refused here, before any row is read
-        return _Frame(asked[::2], [int(i) for i in asked[1::2]], header, after)
+        return _Frame(asked[::2], [int(i) for i in asked[1::2]], header, _boundary(asked[-1], header), after)
 
     def _render(self, messages: Sequence[Message], *, ask: bool) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template

@@ -112,8 +112,7 @@ class Encoder:
     def _try_render(self, prompt: Prompt, answers: Sequence[str]) -> _Row | Unusable:
         try:
             head, tails = self._pieces(prompt, answers)
-            ended = [bool(tail[-1].strip()) for tail in tails]
-            return _Row(self._spelled(head), list(zip(map(self._spelled, tails), ended, strict=True)))
+            return _Row(self._spelled(head), [(self._spelled(tail), bool(tail[-1].strip())) for tail in tails])
         except Unusable as reason:
             return reason
 
@@ -126,13 +125,14 @@ class Encoder:
         firsts = self._tokenizer.encode_batch_fast([parts[0] for parts in heads], add_special_tokens=not self._chat)
         rest = iter(self._middle([part for parts in heads for part in parts[1:]]))
         return [
-            [*(e.ids if self._chat else _without_eos(e.ids, self._eos)), *_chained(rest, len(parts) - 1)]
+            _with_next(e.ids if self._chat else _without_eos(e.ids, self._eos), rest, len(parts) - 1)
             for e, parts in zip(firsts, heads, strict=True)
         ]
 
     def _tails(self, tails: list[tuple[list[str], bool]]) -> list[list[int]]:
         ids = iter(self._middle([part for parts, _ in tails for part in parts]))
-        return [[*_chained(ids, len(parts)), *([] if ended else [self._eos])] for parts, ended in tails]
+        whole = [(_with_next(next(ids), ids, len(parts) - 1), ended) for parts, ended in tails]
+        return [tail if ended else [*tail, self._eos] for tail, ended in whole]
 
     def _middle(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts as they stand in the middle of a sequence: no BOS, and no space put in front."""
@@ -181,7 +181,7 @@ class Encoder:
             Unusable: when one is a single character.
         """
         text = "".join(pieces)
-        if len(self._control.findall(text)) == sum(map(self._own_control, pieces[::2])):
+        if len(self._control.findall(text)) == sum([self._own_control(piece) for piece in pieces[::2]]):
             return [text]
         ends = list(itertools.accumulate(map(len, pieces)))
         own = [(end - len(piece), end) for piece, end in list(zip(pieces, ends, strict=True))[::2]]
@@ -224,8 +224,10 @@ class Encoder:
         return system + ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt))
 
 
-def _chained(rows: Iterator[list[int]], count: int) -> Iterator[int]:
-    return itertools.chain.from_iterable(itertools.islice(rows, count))
+def _with_next(ids: list[int], rows: Iterator[list[int]], count: int) -> list[int]:
+    for _ in range(count):
+        ids = [*ids, *next(rows)]
+    return ids
 
 
 def _without_eos(ids: list[int], eos: int) -> list[int]:

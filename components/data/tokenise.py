@@ -166,8 +166,9 @@ def _rows(
             except Unusable as reason:
                 aside.append(_aside(record, reason, None))
     else:
-        asked = ["?" if kind == "answers" else e.prompt for _, e in found]  # an answer of the pool may follow anything
-        encoded = encoder.encode(asked, [e.answers for _, e in found])
+        # A pool's answer follows any question.
+        prompts: list[Prompt] = ["?" if kind == "answers" else example.prompt for _, example in found]
+        encoded = encoder.encode(prompts, [e.answers for _, e in found])
         pairs = [(record, e, tokens) for (record, e), tokens in zip(found, encoded, strict=True)]
     for record, example, tokens in pairs:
         try:
