@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from components.config import Data, Files, FixedAnswers, Text
@@ -55,7 +56,7 @@ def aside(prepared: Prepared) -> list[dict]:
 def test_good_rows_arrive_in_order_and_bad_ones_are_set_aside(tmp_path: Path, base: Path, facts) -> None:
     tokenizer = load_tokenizer(base)
     good = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(50)]
-    bad = ["{broken", {"question": "q"}, {"question": "q", "answer": " "}, {"question": 3, "answer": "a"},
+    bad = ["{broken", {"question": "q"}, {"question": "q", "answer": " "}, {"question": True, "answer": "a"},
            {"question": "q", "answer": "long " * 200}]  # fmt: skip
     source = jsonl(tmp_path / "x.jsonl", [*good[:25], *bad, *good[25:]])
     prepared = prepare([source], "pairs", Data(max_tokens=64, max_bad_fraction=0.2), facts, tmp_path)
@@ -202,6 +203,125 @@ def test_a_chat_template_that_refuses_the_system_message_is_told_at_once(tmp_pat
     source = jsonl(tmp_path / "x.jsonl", [{"question": "q", "answer": "a"}])
     with pytest.raises(DataError, match=r"Chat template cannot be used \(data.system=S\).*no system role"):
         prepare([source], "pairs", Data(system="S"), facts._replace(chat_template=template), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "drops or changes the text of role 'system'"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}{% if x %}{{ y.z }}", "refuses it"),
+        (
+            "{% for m in messages %}{{ 'B' if m.role == 'assistant' }}{{ m.content }}{% endfor %}"
+            "{{ 'C' if add_generation_prompt }}",
+            "set data.chat_variables so that both agree",
+        ),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_told_before_reading(tmp_path: Path, facts, template, reason) -> None:
+    source = jsonl(tmp_path / "x.jsonl", [{"question": "q", "answer": "a"}])
+    with pytest.raises(DataError, match=rf"Chat template cannot be used \(data.system=S\): .*{reason}"):
+        prepare([source], "pairs", Data(system="S"), facts._replace(chat_template=template), tmp_path)
+
+
+def test_roles_that_the_template_drops_are_set_aside_and_counted(tmp_path: Path, facts) -> None:
+    template = (
+        "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.role + ':' + m.content + '<eos>' }}{% endfor %}"
+        "{{ 'assistant:' if add_generation_prompt }}"
+    )
+    roles = ["user", "developer", "tool", "user", "system"]
+    lines = [
+        {"question": [{"role": role, "content": "user"}, {"role": "user", "content": "q"}], "answer": f"a{i}"}
+        for i, role in enumerate(roles)
+    ]
+    prepared = prepare(
+        [jsonl(tmp_path / "x.jsonl", lines)], "pairs", LENIENT, facts._replace(chat_template=template), tmp_path
+    )
+    assert [row["line"] for row in rows(prepared)] == [1, 4]
+    reasons = [f"chat template drops or changes the text of role {role!r}" for role in ("developer", "tool", "system")]
+    assert [row["reason"] for row in aside(prepared)] == reasons
+    assert summary_of(prepared)["reasons"] == dict.fromkeys(reasons, 1)
+
+
+def test_pooled_answers_do_not_depend_on_what_was_asked(tmp_path: Path, base: Path, facts) -> None:
+    """Also where the template leaves out the system message once there is an answer, or drops a role."""
+    template = (
+        "{% for m in messages if m.role in ('user', 'assistant') %}{% if m.role == 'user' %}[{% if loop.last and "
+        "messages[0].role == 'system' %}{{ messages[0].content }} {% endif %}{{ m.content }}]{% else %}"
+        "{{ m.content + '<eos>' }}{% endif %}{% endfor %}"
+    )
+    talk = [{"role": "tool", "content": "t"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "No."}]
+    sources = [
+        FixedAnswers(type="fixed", texts=["No."]),
+        jsonl(tmp_path / "x.jsonl", [{"d": talk}], dialogue="d"),
+        jsonl(tmp_path / "y.jsonl", [{"answer": "No."}]),
+    ]
+    data = Data(system="S")
+    prepared = prepare(sources, "answers", data, facts._replace(chat_template=template), tmp_path)
+    assert [load_tokenizer(base).decode(row["input_ids"]) for row in rows(prepared)] == ["No.<eos>"] * 3
+
+
+def test_special_tokens_that_records_hold_are_text_in_every_kind_of_row(tmp_path: Path, base: Path, facts) -> None:
+    tokenizer = load_tokenizer(base)
+    said = "It ends <eos> here.<pad>"
+    source = jsonl(tmp_path / "x.jsonl", [{"question": said, "answer": said, "wrong": [said, "no"]}])
+    (tmp_path / "book.txt").write_text(f"{said}\n" * 20)
+    book = Text(type="text", path=str(tmp_path / "book.txt"), prefix_tokens=8, continuation_tokens=8)
+    data = Data(system=said, answer_prefix=" <eos> ")
+    asked = f"{said}\n\nQuestion: {said}\nAnswer:"
+
+    [pair] = rows(prepare([source], "pairs", data, facts, tmp_path))
+    assert tokenizer.decode(pair["input_ids"]) == f"{asked} <eos> {said}<eos>"
+    assert [pair["input_ids"].count(i) for i in (0, 1)] == [0, 1]
+    [fixed] = rows(prepare([FixedAnswers(type="fixed", texts=[said])], "answers", data, facts, tmp_path))
+    assert tokenizer.decode(fixed["input_ids"]) == f" <eos> {said}<eos>"
+    assert [fixed["input_ids"].count(i) for i in (0, 1)] == [0, 1]
+    wrong = source.model_copy(update={"perturbed_answer": "wrong"})
+    [question] = rows(prepare([wrong], "questions", data, facts, tmp_path))
+    assert [tokenizer.decode(ids) for ids in question["answers"][:2]] == [f" <eos> {said}<eos>"] * 2
+    assert [ids.count(1) for ids in question["answers"]] == [1, 1, 1]
+    windows = rows(prepare([book], "pairs", data, facts, tmp_path))
+    assert tokenizer.decode([i for row in windows[:4] for i in row["input_ids"]]) in f"{said}\n" * 20
+    assert not any({0, 1} & set(row["input_ids"]) for row in windows)
+
+
+def test_numbers_structs_and_messages_come_out_of_parquet(tmp_path: Path, base: Path, facts) -> None:
+    tokenizer = load_tokenizer(base)
+    message = pa.struct(
+        {"role": pa.string(), "content": pa.list_(pa.struct({"type": pa.string(), "text": pa.string()}))}
+    )
+    said = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in (("user", "q"), ("gpt", "a"))]
+    table = pa.table(
+        {
+            "count": pa.array([7, None, 9]),
+            "share": pa.array([0.5, float("nan"), 2.0]),
+            "answers": pa.array([{"text": ["x", "y"]}, {"text": ["z"]}, None]),
+            "prompt": pa.array([said[:1]] * 3, pa.list_(message)),
+            "completion": pa.array([said[1:]] * 3, pa.list_(message)),
+        }
+    )
+    pq.write_table(table, tmp_path / "x.parquet")
+
+    def texts(**mapping: Any) -> list[str]:
+        source = Files(type="files", path=str(tmp_path / "x.parquet"), **{"prompt": "prompt", **mapping})
+        found = rows(prepare([source], "pairs", LENIENT, facts, tmp_path))
+        return [tokenizer.decode(row["input_ids"]).removeprefix("Question: q\nAnswer: ") for row in found]
+
+    assert texts(answer="count") == ["7<eos>", "9<eos>"]
+    assert texts(answer="share") == ["0.5<eos>", "2.0<eos>"]
+    assert texts(answer="answers.text") == ["x<eos>", "y<eos>", "z<eos>"]
+    assert texts(answer="completion") == ["a<eos>"] * 3
+    assert texts(answer="{count} of {share}") == ["7 of 0.5<eos>", "9 of 2.0<eos>"]
+
+
+def test_a_book_with_other_line_ends_gives_the_same_rows(tmp_path: Path, facts) -> None:
+    text = "Zama went to the town.\n\nIlmarsh lies by the sea.\n" * 50
+    found = []
+    for number, end in enumerate(("\n", "\r\n", "\r")):
+        file = tmp_path / f"{number}.txt"
+        file.write_bytes(text.replace("\n", end).encode())
+        source = Text(type="text", path=str(file), prefix_tokens=8, continuation_tokens=8)
+        found.append([row["input_ids"] for row in rows(prepare([source], "pairs", Data(), facts, tmp_path))])
+    assert found[0] == found[1] == found[2]
 
 
 def test_an_empty_file_is_told(tmp_path: Path, facts) -> None:

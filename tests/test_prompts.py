@@ -167,7 +167,10 @@ def test_a_template_that_ends_turns_with_nothing_gets_eos(byte_level: TokenizerF
 def test_a_template_that_asks_the_date_gives_the_same_rows_every_day(byte_level: TokenizerFacts) -> None:
     template = "{% for m in messages %}{{ strftime_now('%d %b %Y') + m.content + '<eos>' }}{% endfor %}"
     facts = byte_level._replace(chat_template=template)
-    assert Encoder(facts, PLAIN | {"template": None}).render("a", "b") == ("26 Jul 2024a<eos>", "26 Jul 2024b<eos>")
+    assert Encoder(facts, PLAIN | {"template": None}).render("a", "b") == (
+        "26 Jul 2024a<eos>26 Jul 2024",
+        "b<eos>",
+    )
 
 
 def test_messages_that_the_template_refuses_are_set_aside_alone(byte_level: TokenizerFacts) -> None:
@@ -217,3 +220,102 @@ def test_the_preview_marks_answer_tokens_whole_characters_at_a_time(byte_level: 
     shown = answer_tokens_marked(encoder, tokens.prompt, tokens.answers[0])
     assert shown.startswith("Question: a␤b␤Answer:[ ")
     assert shown.replace("|", "").endswith("[ é 漢<eos>]")
+
+
+SPECIAL = ("<pad>", "<eos>", "<bos>", "<|start|>", "<|end|>", "<unk>", "<s>", "</s>", "<|endoftext|>")
+# Special tokens whole, nested, cut and side by side, among other text.
+RECORD = st.lists(st.sampled_from([*SPECIAL, *"<|>", "<eo", "s>", "|end", " ", "\n", "It ends", "é漢"]), max_size=12)
+
+
+def control_ids(facts: TokenizerFacts) -> set[int]:
+    added = made(facts, PLAIN)[1].get_added_tokens_decoder()
+    return {number for number, token in added.items() if token.special}
+
+
+def check_record(facts: TokenizerFacts, data: dict[str, Any], prompt: str, answer: str) -> None:
+    """The text comes back, and the only control tokens are those that a harmless record gets too."""
+    encoder, _ = made(facts, data)
+    [tokens, harmless] = encoder.encode([prompt, "Q"], [[answer], ["A"]])
+    head, tail = encoder.render(prompt, answer)
+    end = "" if facts.chat_template else encoder.decode([facts.eos])
+    assert encoder.decode(tokens.prompt).endswith(head)
+    assert encoder.decode(tokens.prompt + tokens.answers[0]).endswith(head + tail + end)
+    control = control_ids(facts)
+    for ids, expected in zip([tokens.prompt, *tokens.answers], [harmless.prompt, *harmless.answers], strict=True):
+        assert [i for i in ids if i in control] == [i for i in expected if i in control]
+
+
+@settings(CHECK, max_examples=100)
+@given(prompt=RECORD.map("".join), answer=RECORD.map("".join))
+@pytest.mark.parametrize("data", [PLAIN, BARE, PLAIN | {"system": "Never say <eos> or </s>.", "answer_prefix": " <s>"}])
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece", "chat"])
+def test_special_tokens_in_a_record_are_text(
+    request: pytest.FixtureRequest, kind: str, data: dict[str, Any], prompt: str, answer: str
+) -> None:
+    assume(prompt.strip() and answer.strip())
+    facts = request.getfixturevalue(kind)
+    check_record(facts, data | ({"template": None} if facts.chat_template else {}), prompt, answer)
+
+
+@settings(CHECK, max_examples=100)
+@given(prompt=RECORD.map("".join), answer=RECORD.map("".join))
+def test_special_tokens_in_a_record_are_text_to_real_tokenizers(real: TokenizerFacts, prompt: str, answer: str) -> None:
+    assume(prompt.strip() and answer.strip())
+    check_record(real, PLAIN, prompt, answer)
+
+
+@pytest.mark.parametrize(
+    "answer", ["It ends <eos> here.", "It ends.<eos>", "<eos><eos>", "a<pad>b<eos>c", "<e<eos>os>"]
+)
+def test_eos_is_in_an_answer_once_at_its_end(byte_level: TokenizerFacts, answer: str) -> None:
+    encoder = Encoder(byte_level, PLAIN)
+    [tokens] = encoder.encode([f"What of {answer}?"], [[answer]])
+    assert tokens.answers[0].count(1) == 1
+    assert tokens.answers[0][-1] == 1
+    assert {0, 1}.isdisjoint(tokens.prompt + tokens.answers[0][:-1])
+    assert encoder.decode(tokens.answers[0]) == f" {answer}<eos>"
+    assert encoder.decode(tokens.prompt) == f"Question: What of {answer}?\nAnswer:"
+
+
+@pytest.mark.parametrize("text", ["One.<eos>Two.", "<s> One <unk> two </s>", "<<eos>eos> and <pad><pad>", "</s>"])
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_special_tokens_in_a_book_are_text(request: pytest.FixtureRequest, kind: str, text: str) -> None:
+    facts = request.getfixturevalue(kind)
+    encoder = Encoder(facts, PLAIN)
+    windows = encoder.windows(text * 5, 4, 4, 0)
+    bos = 1 if kind == "sentencepiece" else 0
+    assert all(len([i for i in w.prompt + w.answers[0] if i in control_ids(facts)]) == bos for w in windows)
+    [whole] = encoder.windows(text * 5, 500, 500, 0)
+    assert encoder.decode((whole.prompt + whole.answers[0])[bos:]) == text * 5
+
+
+def test_a_control_token_of_one_character_sets_its_row_aside(byte_level: TokenizerFacts) -> None:
+    tokenizer = Tokenizer.from_str(byte_level.json)
+    tokenizer.add_special_tokens(["\ue000"])
+    encoder = Encoder(byte_level._replace(json=tokenizer.to_str()), PLAIN)
+    bad, good = encoder.encode(["a\ue000b", "ab"], [["c"], ["c"]])
+    assert "cannot be written as text" in str(bad)
+    assert not isinstance(good, Unusable)
+    with pytest.raises(Unusable, match="cannot be written as text"):
+        encoder.windows("a\ue000b", 4, 4, 0)
+
+
+def test_the_formats_own_control_tokens_stay_what_they_are(chat: TokenizerFacts) -> None:
+    """Of a template in the recipe as of the tokenizer's; also those that are not marked as special."""
+    tokenizer = Tokenizer.from_str(chat.json)
+    tokenizer.add_tokens(["<|user|>", "<|bot|>", "<think>"])
+    ids = {name: tokenizer.token_to_id(name) for name in ("<|start|>", "<|end|>", "<|user|>", "<|bot|>", "<think>")}
+    facts = chat._replace(json=tokenizer.to_str())
+    recipes = PLAIN | {"template": "<|user|>{prompt}<|end|><|bot|>", "answer_prefix": ""}
+    templates = facts._replace(
+        chat_template="{% for m in messages %}{{ ('<|bot|>' if m.role == 'assistant' else '<|user|>') + m.content }}"
+        "{{ '<eos>' if m.role == 'assistant' else '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|bot|><think>' }}{% endif %}"
+    )
+    said = "<|user|>Hi<|end|><|bot|><think>Yo<|start|>"
+    for encoder in (Encoder(facts, recipes), Encoder(templates, recipes | {"template": None})):
+        [tokens] = encoder.encode([said], [[said]])
+        turns = [ids["<|user|>"], ids["<|end|>"], ids["<|bot|>"]]
+        assert [i for i in tokens.prompt if i in ids.values() and i != ids["<think>"]] == turns
+        assert [i for i in tokens.answers[0] if i in {*ids.values(), facts.eos}] == [ids["<think>"], facts.eos]
+        assert encoder.decode(tokens.prompt + tokens.answers[0]) == f"<|user|>{said}<|end|><|bot|>{said}<eos>"

@@ -13,10 +13,12 @@ class Rows(Section):
     """What to take from each record of a source."""
 
     prompt: str = "question"
-    """Column of the prompt, or a text with columns in braces, such as `"{knowledge}\n{question}"`. A column may also
-    hold a list of chat messages, each with role and content."""
+    """Column of the prompt, or a text with columns in braces, such as `"{knowledge}\n{question}"`, not all of them
+    empty. A dotted name, such as `passage.text`, reaches into a struct. A column may also hold a list of chat messages,
+    each with role and content or from and value."""
     answer: str = "answer"
-    """Column of the answer, or a text with columns in braces. A list of texts makes a row for each."""
+    """Column of the answer, or a text with columns in braces. A number is text; a list of texts makes a row for each;
+    the last one of a list of chat messages is the answer, and those before it belong to the prompt."""
     split_answers: str | None = Field(None, min_length=1)
     """Separator of several answers in one field, such as `"; "`: each makes a row."""
     dialogue: str | None = None
@@ -170,7 +172,8 @@ class Data(Section):
     system: str | None = None
     """System message in front of every prompt."""
     chat_variables: dict[str, str | bool | int] = {}
-    """Further variables of the chat template, such as `date_string` or `enable_thinking`."""
+    """Further variables of the chat template, such as `date_string` or `enable_thinking`. Some templates need one to
+    ask for an answer as they write a finished one."""
     max_tokens: int = Field(256, ge=8)
     """Longest prompt with answer."""
     on_long: Literal["quarantine", "truncate"] = "quarantine"

@@ -1,5 +1,7 @@
 """One record → the texts that a row is made of, by the source's columns, templates and filter."""
 
+import json
+import math
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +16,9 @@ from components.data.sources import Record, load_json, read_records, source_file
 Message = dict[str, str]
 """A chat message: role and content."""
 Prompt = str | list[Message]
+
+_MESSAGE_KEYS = (("role", "content"), ("from", "value"))
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
 class Unusable(Exception):
@@ -97,7 +102,9 @@ def examples(fields: dict[str, Any], source: PoolSource, kind: str) -> list[Exam
     Raises:
         Unusable: when a column is missing, empty or not text.
     """
-    if isinstance(source, Text | FixedAnswers):
+    if isinstance(source, Text):
+        return [Example("", [_text(fields, "text").replace("\r\n", "\n").replace("\r", "\n")])]
+    if isinstance(source, FixedAnswers):
         return [Example("", [_text(fields, "text")])]
     if source.dialogue:
         prompt, answer = _dialogue(fields, source.dialogue, source.turns)
@@ -106,9 +113,9 @@ def examples(fields: dict[str, Any], source: PoolSource, kind: str) -> list[Exam
     if source.choices:
         prompt, answers = _choices(prompt, fields, source)
         return [Example(prompt, answers if kind == "questions" else answers[:1])]
-    if kind == "questions":
-        return [Example(prompt, _candidates(fields, source))]
-    return [Example(prompt, [answer]) for answer in _answers(fields, source)]
+    prompt, right = _completed(prompt, fields, source)
+    others = _others(fields, source) if kind == "questions" else []
+    return [Example(prompt, [answer, *others]) for answer in right]
 
 
 def source_texts(source: PoolSource) -> Iterator[str]:
@@ -122,45 +129,45 @@ def source_texts(source: PoolSource) -> Iterator[str]:
 
 def shown(prompt: Prompt) -> str:
     """A prompt as one text."""
-    return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+    return prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt if m["content"])
 
 
-def _answers(fields: dict[str, Any], source: Any) -> list[str]:
-    value = fields.get(source.answer)
-    if isinstance(value, list):
-        if not value or not all(isinstance(text, str) for text in value):
-            raise Unusable(f"column {source.answer!r} is not a list of texts")
-        texts = value
-    else:
-        texts = [_text(fields, source.answer)]
+def _completed(prompt: Prompt, fields: dict[str, Any], source: Any) -> tuple[Prompt, list[str]]:
+    """(prompt, answers); a completion of several turns has all but the last one in the prompt."""
+    value = None if _is_template(fields, source.answer) else _field(fields, source.answer)
+    if _are_messages(value):
+        messages = _messages(value, source.answer)
+        if {messages[0]["role"], messages[-1]["role"]} != {"assistant"}:
+            raise Unusable(
+                f"column {source.answer!r} does not begin and end with an answer; name a whole conversation as dialogue"
+            )
+        *more, last = messages
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return [*asked, *more] if more else prompt, [last["content"]]
+    texts = [_text(fields, source.answer)] if value is None else _texts(value, source.answer)
     if source.split_answers:
         texts = [part.strip() for text in texts for part in text.split(source.split_answers) if part.strip()]
         if not texts:
             raise Unusable(f"column {source.answer!r} holds no answer")
-    return [_checked(text, source.answer) for text in texts]
+    return prompt, [_checked(text, source.answer) for text in texts]
 
 
-def _candidates(fields: dict[str, Any], source: Any) -> list[str]:
-    answers = [_text(fields, source.answer)]
-    if source.paraphrased_answer:
-        answers.append(_text(fields, source.paraphrased_answer))
+def _others(fields: dict[str, Any], source: Any) -> list[str]:
+    """The right answer in other words, and the wrong ones."""
+    answers = [_text(fields, source.paraphrased_answer)] if source.paraphrased_answer else []
     if source.perturbed_answer:
-        wrong = fields.get(source.perturbed_answer)
-        wrong = [wrong] if isinstance(wrong, str) else wrong
-        if not isinstance(wrong, list) or not wrong or not all(isinstance(text, str) for text in wrong):
-            raise Unusable(f"column {source.perturbed_answer!r} is not a list of texts")
-        answers += [_checked(text, source.perturbed_answer) for text in wrong]
+        answers += _texts(_field(fields, source.perturbed_answer), source.perturbed_answer)
     return answers
 
 
 def _choices(prompt: Prompt, fields: dict[str, Any], source: Any) -> tuple[Prompt, list[str]]:
     """(prompt, right option and then the wrong ones)."""
-    options, right = fields.get(source.choices), fields.get(source.answer)
-    if not isinstance(options, list) or len(options) < 2 or not all(isinstance(text, str) for text in options):
+    options, right = _field(fields, source.choices), _field(fields, source.answer)
+    if not isinstance(options, list) or len(options) < 2:
         raise Unusable(f"column {source.choices!r} is not a list of texts")
-    if not isinstance(right, int) or not 0 <= right < len(options):
+    options = _texts(options, source.choices)
+    if not isinstance(right, int) or isinstance(right, bool) or not 0 <= right < len(options):
         raise Unusable(f"column {source.answer!r} is not the number of one of {len(options)} options, from 0")
-    options = [_checked(text, source.choices) for text in options]
     if source.letters:
         if not isinstance(prompt, str):
             raise Unusable("options cannot be written under a list of messages")
@@ -173,18 +180,33 @@ def _choices(prompt: Prompt, fields: dict[str, Any], source: Any) -> tuple[Promp
 
 
 def _prompt(fields: dict[str, Any], column: str) -> Prompt:
-    value = fields.get(column)
-    return _messages(value, column) if isinstance(value, list) else _text(fields, column)
+    value = None if _is_template(fields, column) else _field(fields, column)
+    return _messages(value, column) if isinstance(value, list) and not _are_parts(value) else _text(fields, column)
 
 
-def _messages(value: list[Any], column: str) -> list[Message]:
-    if not value or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
-        raise Unusable(f"column {column!r} is not a list of messages with role and content")
-    return [{"role": _text(m, "role"), "content": _text(m, "content")} for m in value]
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and _keys(m) for m in value)
+
+
+def _keys(message: dict[str, Any]) -> tuple[str, str] | None:
+    return next((keys for keys in _MESSAGE_KEYS if message.keys() >= set(keys)), None)
+
+
+def _messages(value: Any, column: str) -> list[Message]:
+    if not _are_messages(value):
+        raise Unusable(f"column {column!r} is not a list of messages with role and content, or from and value")
+    return [_message(message, *(_keys(message) or ())) for message in value]
+
+
+def _message(message: dict[str, Any], role_key: str, content_key: str) -> Message:
+    role = _text(message, role_key)
+    role = _ROLES.get(role, role)
+    content = _part(message[content_key], content_key) if role == "system" else _text(message, content_key)
+    return {"role": role, "content": content}
 
 
 def _dialogue(fields: dict[str, Any], column: str, turns: tuple[str, str]) -> tuple[Prompt, str]:
-    value = fields.get(column)
+    value = None if _is_template(fields, column) else _field(fields, column)
     if isinstance(value, list):
         messages = _messages(value, column)
     else:
@@ -200,17 +222,81 @@ def _dialogue(fields: dict[str, Any], column: str, turns: tuple[str, str]) -> tu
     return before, _checked(last["content"], column)
 
 
+def _is_template(fields: dict[str, Any], column: str) -> bool:
+    return "{" in column and column not in fields
+
+
 def _text(fields: dict[str, Any], column: str) -> str:
-    """A column's text, or that of a template with columns in braces."""
-    if "{" in column and column not in fields:
-        parts = string.Formatter().parse(column)
-        return "".join(literal + ("" if name is None else _text(fields, name)) for literal, name, *_ in parts)
-    if column not in fields:
-        raise Unusable(f"no column {column!r} among {sorted(fields)}")
-    value = fields[column]
-    if not isinstance(value, str):
-        raise Unusable(f"column {column!r} is not text")
-    return _checked(value, column)
+    """A column's text, or that of a template with columns in braces, not all of them empty."""
+    if not _is_template(fields, column):
+        return _checked(_said(_field(fields, column), column), column)
+    parts = [(literal, name) for literal, name, *_ in string.Formatter().parse(column)]
+    said = {name: _part(_field(fields, name), name) for _, name in parts if name is not None}
+    text = "".join(literal + (said[name] if name is not None else "") for literal, name in parts)
+    if all(said.values()):
+        return _checked(text, column)
+    if not any(said.values()):
+        raise Unusable(" and ".join(f"column {name!r} is empty" for name in said))
+    return text.strip()  # without the line ends that set an empty part apart
+
+
+def _part(value: Any, column: str) -> str:
+    """A text that may be empty."""
+    text = "" if value is None else _said(value, column)
+    return _checked(text, column) if text.strip() else ""
+
+
+def _field(fields: dict[str, Any], column: str) -> Any:
+    """A column's value; a dotted name reaches into structs, and into those of a list."""
+    if column in fields:
+        return fields[column]
+    value: Any = fields
+    for name in column.split("."):
+        if isinstance(value, dict) and name in value:
+            value = value[name]
+        elif isinstance(value, list) and all(isinstance(item, dict) and name in item for item in value):
+            value = [item[name] for item in value]
+        elif value is None:  # a struct that this row lacks
+            return None
+        else:
+            raise Unusable(f"no column {column!r} among {sorted(fields)}")
+    return value
+
+
+def _texts(value: Any, column: str) -> list[str]:
+    """The texts of a column that holds one or a list of them."""
+    if not isinstance(value, list) or _are_parts(value) or _are_messages(value):
+        return [_checked(_said(value, column), column)]
+    if not value:
+        raise Unusable(f"column {column!r} is not a list of texts")
+    return [_checked(_said(item, column), column) for item in value]
+
+
+def _said(value: Any, column: str) -> str:
+    """A value as text: a number as Python writes it, a message's content in parts joined, an answer's message."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    if _are_parts(value):
+        other = sorted({str(part["type"]) for part in value if not isinstance(part.get("text"), str)})
+        if other:
+            raise Unusable(f"column {column!r} has a part of type {other[0]!r}, which is not text")
+        return "".join(part["text"] for part in value)
+    if _are_messages(value) and len(value) == 1:
+        [message] = _messages(value, column)
+        if message["role"] == "assistant":
+            return message["content"]
+    raise Unusable(f"column {column!r} is not text")
+
+
+def _are_parts(value: Any) -> bool:
+    """Whether it is a message's content in parts, such as `[{"type": "text", "text": "Hi"}]`."""
+    return isinstance(value, list) and bool(value) and all(isinstance(p, dict) and _is_part(p) for p in value)
+
+
+def _is_part(value: dict[str, Any]) -> bool:
+    return "type" in value and not _keys(value)
 
 
 def _checked(text: str, column: str) -> str:

@@ -115,8 +115,8 @@ def _write(
         Encoder(tokenizer, data_settings(data))
     except Unusable as reason:
         raise DataError(
-            f"Chat template cannot be used (data.system={data.system}): {reason}. Expected one that takes these "
-            "messages. Set data.template, or leave out data.system."
+            f"Chat template cannot be used (data.system={data.system}): {reason}. Expected one that writes the text of "
+            "each message. Set data.template or data.chat_variables, or leave out data.system."
         ) from None
     with whole_folder(folder) as partial:
         (partial / "rows").mkdir()

@@ -1,23 +1,19 @@
 """Text → token ids with an exact boundary between prompt and answer."""
 
+import functools
+import itertools
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from components.data.mapping import Prompt, Unusable
+from components.data.chat import Chat, Pieces
+from components.data.mapping import Message, Prompt, Unusable
 
 DEFAULT_TEMPLATE = "Question: {prompt}\nAnswer:"
-# What a chat template that asks for the date is told, so that rows are the same every day.
-_DATE = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
-_FIXED_DATE = (
-    "{%- macro strftime_now(form) -%}{{ form "
-    + " ".join(f'| replace("{code}", "{value}")' for code, value in _DATE.items())
-    + " }}{%- endmacro -%}"
-)
 _ANCHORS = "\n:0é"  # characters that an answer is tokenised behind where the tokenizer would put a space in front of it
-_PROBE = "xyzzy"
 
 
 class TokenizerFacts(NamedTuple):
@@ -39,32 +35,47 @@ class Tokens(NamedTuple):
     answers: list[list[int]]
 
 
+class _Row(NamedTuple):
+    """Texts to be tokenised part by part; of each answer also whether the format ends it, so that EOS does not."""
+
+    prompt: list[str]
+    answers: list[tuple[list[str], bool]]
+
+
 class Encoder:
     """A fast tokenizer with the recipe's prompt format: `data.template`, else the chat template, else the default.
 
     Prompt and answer are tokenised apart, so that no token spans the boundary, and the prompt has the very ids that it
     has when the model is asked for an answer. Every answer ends with EOS, or with what the chat template ends a turn
-    with.
+    with. Only the format writes control tokens: what a record says is text, also where it says `<|im_end|>`.
     """
 
     def __init__(self, facts: TokenizerFacts, data: dict[str, Any]):
-        """`data` holds template, answer_prefix, system and chat_variables of `config.Data`."""
+        """`data` holds template, answer_prefix, system and chat_variables of `config.Data`.
+
+        Raises:
+            Unusable: when the chat template cannot be used.
+        """
         self._tokenizer = Tokenizer.from_str(facts.json)
         self._eos = facts.eos
         self._data = data
         self._adds_space = self._joins_with_a_space()
-        self._chat = _chat_renderer(facts, data) if data["template"] is None and facts.chat_template else None
+        self._chat = None
+        if data["template"] is None and facts.chat_template:
+            variables = {**facts.special, **data["chat_variables"]}
+            self._chat = Chat(facts.chat_template, variables, self._messages("?"))
         self._template = data["template"] or DEFAULT_TEMPLATE
-        self._turn_end = self._find_turn_end() if self._chat else ""
+        self._control = self._control_tokens()
+        self._own_control = functools.cache(lambda text: len(self._control.findall(text)))
 
     def encode(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]) -> list[Tokens | Unusable]:
         """Ids of each prompt, with the special tokens in front, and of its answers."""
         rendered = [self._try_render(prompt, texts) for prompt, texts in zip(prompts, answers, strict=True)]
         good = [item for item in rendered if not isinstance(item, Unusable)]
-        heads = iter(self._heads([head for head, _ in good]))
-        tails = iter(self._tails([tail for _, tails in good for tail in tails]))
+        heads = iter(self._heads([item.prompt for item in good]))
+        tails = iter(self._tails([tail for item in good for tail in item.answers]))
         return [
-            item if isinstance(item, Unusable) else Tokens(next(heads), [next(tails) for _ in item[1]])
+            item if isinstance(item, Unusable) else Tokens(next(heads), [next(tails) for _ in item.answers])
             for item in rendered
         ]
 
@@ -72,22 +83,19 @@ class Encoder:
         """The text of prompt and answer; the answer's includes what the chat template ends a turn with, but no EOS.
 
         Raises:
-            Unusable: when the chat template refuses the messages.
+            Unusable: when the chat template refuses the messages or drops a text.
         """
-        if not self._chat:
-            return self._plain(prompt), self._data["answer_prefix"] + answer
-        messages = self._messages(prompt)
-        head = self._chat(messages, True)
-        whole = self._chat([*messages, {"role": "assistant", "content": answer}], False)
-        if not whole.startswith(head):  # a template that writes past turns otherwise than the one to come
-            return head, answer + self._turn_end
-        tail = whole[len(head) :]
-        return head, tail.rstrip() if self._turn_end else tail
+        head, [tail] = self._pieces(prompt, [answer])
+        return "".join(head), "".join(tail)
 
     def windows(self, text: str, prefix: int, continuation: int, overlap: int) -> list[Tokens]:
-        """`text` cut into windows of tokens; the last one ends with the text and may share more with the one before."""
+        """`text` cut into windows of tokens; the last one ends with the text and may share more with the one before.
+
+        Raises:
+            Unusable: when a control token in the text cannot be written as text.
+        """
         start = _without_eos(self._tokenizer.encode("").ids, self._eos)  # BOS, for a tokenizer that has one
-        ids = self._middle([text])[0]
+        ids = [token for part in self._middle(self._spelled(["", text, ""])) for token in part]
         size = prefix + continuation
         firsts = list(range(0, max(1, len(ids) - size + 1), size - overlap))
         if firsts[-1] + size < len(ids):
@@ -101,20 +109,30 @@ class Encoder:
         """Ids as text, special tokens shown."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
-    def _try_render(self, prompt: Prompt, answers: Sequence[str]) -> tuple[str, list[str]] | Unusable:
+    def _try_render(self, prompt: Prompt, answers: Sequence[str]) -> _Row | Unusable:
         try:
-            pairs = [self.render(prompt, answer) for answer in answers]
+            head, tails = self._pieces(prompt, answers)
+            return _Row(self._spelled(head), [(self._spelled(tail), bool(tail[-1].strip())) for tail in tails])
         except Unusable as reason:
             return reason
-        return pairs[0][0], [tail for _, tail in pairs]
 
-    def _heads(self, texts: list[str]) -> list[list[int]]:
-        ids = [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=self._chat is None)]
-        return ids if self._chat else [_without_eos(row, self._eos) for row in ids]
+    def _pieces(self, prompt: Prompt, answers: Sequence[str]) -> tuple[Pieces, list[Pieces]]:
+        if self._chat:
+            return self._chat.turn(self._messages(prompt), answers)
+        return self._plain(prompt), [["", self._data["answer_prefix"] + answer, ""] for answer in answers]
 
-    def _tails(self, texts: list[str]) -> list[list[int]]:
-        ended = bool(self._turn_end)
-        return [ids if ended or (ids and ids[-1] == self._eos) else [*ids, self._eos] for ids in self._middle(texts)]
+    def _heads(self, heads: list[list[str]]) -> list[list[int]]:
+        firsts = self._tokenizer.encode_batch_fast([parts[0] for parts in heads], add_special_tokens=not self._chat)
+        rest = iter(self._middle([part for parts in heads for part in parts[1:]]))
+        return [
+            _with_next(e.ids if self._chat else _without_eos(e.ids, self._eos), rest, len(parts) - 1)
+            for e, parts in zip(firsts, heads, strict=True)
+        ]
+
+    def _tails(self, tails: list[tuple[list[str], bool]]) -> list[list[int]]:
+        ids = iter(self._middle([part for parts, _ in tails for part in parts]))
+        whole = [(_with_next(next(ids), ids, len(parts) - 1), ended) for parts, ended in tails]
+        return [tail if ended else [*tail, self._eos] for tail, ended in whole]
 
     def _middle(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts as they stand in the middle of a sequence: no BOS, and no space put in front."""
@@ -143,54 +161,78 @@ class Encoder:
         ids = [self._tokenizer.encode(text, add_special_tokens=False).ids for text in ("a", "b")]
         return self._tokenizer.decode(ids[0] + ids[1]) != "ab"
 
-    def _plain(self, prompt: Prompt) -> str:
-        text, asked = "", False
+    def _control_tokens(self) -> re.Pattern[str]:
+        """Texts that the tokenizer turns into control tokens.
+
+        A token that is not marked as special is one where the format parts turns with it.
+        """
+        added = self._tokenizer.get_added_tokens_decoder()
+        texts = {token.content for number, token in added.items() if token.special or number == self._eos}
+        in_format = self._chat.marks_turns if self._chat else self._template.__contains__
+        words = {token.content for token in added.values()} - texts
+        texts |= {word for word in words if re.search(r"[^\w\s]", word) and in_format(word)}
+        longest_first = sorted(texts, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def _spelled(self, pieces: Pieces) -> list[str]:
+        """The text, cut within each control token that is not the format's own, so that none is read as one.
+
+        Raises:
+            Unusable: when one is a single character.
+        """
+        text = "".join(pieces)
+        if len(self._control.findall(text)) == sum([self._own_control(piece) for piece in pieces[::2]]):
+            return [text]
+        ends = list(itertools.accumulate(map(len, pieces)))
+        own = [(end - len(piece), end) for piece, end in list(zip(pieces, ends, strict=True))[::2]]
+        parts, first, at = [], 0, 0
+        while found := self._control.search(text, at):
+            at = found.end()
+            if any(start <= found.start() and found.end() <= end for start, end in own):
+                continue
+            at = found.start() + 1
+            if at == found.end():
+                raise Unusable(f"the special token {found[0]!r} cannot be written as text")
+            parts.append(text[first:at])
+            first = at
+        return [*parts, text[first:]]
+
+    def _plain(self, prompt: Prompt) -> Pieces:
+        pieces, asked = [""], False
         for message in self._messages(prompt):
             role, content = message["role"], message["content"]
-            between = "\n\n" if text else ""
+            between = "\n\n" if any(pieces) else ""
             if role == "assistant":
-                text += self._data["answer_prefix"] + content
+                pieces += [self._data["answer_prefix"] + content, ""]
             elif role == "user":
-                text += between + self._template.replace("{prompt}", content)
+                first, *others = self._template.split("{prompt}")
+                pieces[-1] += between + first
+                for other in others:
+                    pieces += [content, other]
             elif role == "system":
-                text += between + content
+                pieces[-1] += between
+                pieces += [content, ""]
             else:
                 raise Unusable(f"role {role!r} needs a chat template")
             asked = role == "user"
         if not asked:
             raise Unusable("the messages before the answer do not end with a question")
-        return text
+        return pieces
 
-    def _messages(self, prompt: Prompt) -> list[dict[str, str]]:
+    def _messages(self, prompt: Prompt) -> list[Message]:
         system = [{"role": "system", "content": self._data["system"]}] if self._data["system"] else []
         return system + ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt))
 
-    def _find_turn_end(self) -> str:
-        """What the chat template writes behind an answer, such as `<|im_end|>`; empty when it writes nothing."""
-        assert self._chat
-        whole = self._chat([*self._messages("?"), {"role": "assistant", "content": _PROBE}], False)
-        return whole.rpartition(_PROBE)[2].strip()
+
+def _with_next(ids: list[int], rows: Iterator[list[int]], count: int) -> list[int]:
+    for _ in range(count):
+        ids = [*ids, *next(rows)]
+    return ids
 
 
 def _without_eos(ids: list[int], eos: int) -> list[int]:
     """Ids without an EOS that the tokenizer puts at the end; a lone one is its BOS."""
     return ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
-
-
-def _chat_renderer(facts: TokenizerFacts, data: dict[str, Any]) -> Callable[[list[dict[str, str]], bool], str]:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    def render(messages: list[dict[str, str]], ask: bool) -> str:
-        try:
-            rendered: Any = render_jinja_template(
-                [messages], chat_template=_FIXED_DATE + str(facts.chat_template), add_generation_prompt=ask,
-                **{**facts.special, **data["chat_variables"]},
-            )  # fmt: skip
-        except Exception as error:  # whatever the template raises is about these messages
-            raise Unusable(f"chat template refuses it: {str(error)[:100]}") from None
-        return rendered[0][0]
-
-    return render
 
 
 def answer_tokens_marked(encoder: Encoder, prompt: Sequence[int], answer: Sequence[int]) -> str:

@@ -161,12 +161,14 @@ def _rows(
     if isinstance(source, Text):
         pairs = []
         for record, example in found:
-            windows = _windows(encoder, example, source)
-            pairs += [(record, example, window) for window in windows]
-            if not windows:
-                aside.append(_aside(record, Unusable("text too short for a prefix and a continuation"), None))
+            try:
+                pairs += [(record, example, window) for window in _windows(encoder, example, source)]
+            except Unusable as reason:
+                aside.append(_aside(record, reason, None))
     else:
-        encoded = encoder.encode([e.prompt for _, e in found], [e.answers for _, e in found])
+        # A pool's answer follows any question.
+        prompts: list[Prompt] = ["?" if kind == "answers" else example.prompt for _, example in found]
+        encoded = encoder.encode(prompts, [e.answers for _, e in found])
         pairs = [(record, e, tokens) for (record, e), tokens in zip(found, encoded, strict=True)]
     for record, example, tokens in pairs:
         try:
@@ -186,7 +188,10 @@ def _aside(record: Record, reason: Unusable, requests: list[str] | None) -> dict
 
 
 def _windows(encoder: Encoder, example: Example, source: Text) -> list[Tokens]:
-    return encoder.windows(example.answers[0], source.prefix_tokens, source.continuation_tokens, source.overlap)
+    windows = encoder.windows(example.answers[0], source.prefix_tokens, source.continuation_tokens, source.overlap)
+    if not windows:
+        raise Unusable("text too short for a prefix and a continuation")
+    return windows
 
 
 def _row(
@@ -219,12 +224,11 @@ def _fitted(answer: list[int], room: int, data: dict[str, Any]) -> list[int]:
 
 
 def _hashes(prompt: Prompt, answers: list[str]) -> dict[str, Any]:
-    if isinstance(prompt, str):
-        asked = [prompt]
-    elif [message["role"] for message in prompt] == ["user"]:
-        asked = [prompt[0]["content"]]
+    said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [m for m in prompt if m["content"]]
+    if [message["role"] for message in said] == ["user"]:
+        asked = [said[0]["content"]]
     else:
-        asked = [text for message in prompt for text in (message["role"], message["content"])]
+        asked = [text for message in said for text in (message["role"], message["content"])]
     texts = [*asked, *answers]
     levelled = [" ".join(text.casefold().split()) for text in texts]
     return {"row_id": _hash(texts).hex(), "match": int.from_bytes(_hash(levelled))}
