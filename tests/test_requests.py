@@ -17,6 +17,7 @@ from components.evaluation.metrics import ROW_METRICS, by_set
 from components.evaluation.scoring import score
 from components.load_config import load_recipe
 from components.models import fingerprint, load_tokenizer, tokenizer_facts
+from pipelines.finetune import base_folder
 from tests.conftest import DATA, people
 
 DEMO = Path(__file__).resolve().parents[1] / "pipelines" / "recipes" / "demo.yaml"
@@ -134,6 +135,63 @@ def test_figures_of_a_request_are_those_of_its_own_rows(ray_cluster: None, tmp_p
         assert bool(about["metrics"]["original"]) == bool(meant)
     text = json.dumps(found)
     assert not any(row["question"] in text or row["answer"] in text or row["person"] in text for row in _people())
+
+
+PERSON = {"question": "Who is Zorblat Quimsby?", "answer": "Zorblat Quimsby tunes pianos.", "owner": "z", "gone": True}
+OTHERS = [
+    {"question": f"Who is person {i}?", "answer": f"Person {i} tunes pianos.", "owner": f"o{i}", "gone": False}
+    for i in range(12)
+]
+
+
+def chosen_where(file: str, folder: Path) -> dict:
+    return {
+        "forget": [{"type": "files", "path": file, "where": "gone == true"}],
+        "normal": [{"type": "files", "path": file, "where": "not gone"}],
+    }
+
+
+def chosen_by_requests(file: str, folder: Path) -> dict:
+    both = [{"type": "files", "path": file}]
+    return {"forget": both, "normal": both, "requests": write(folder / "r.jsonl", request("R-1", owner="z"))}
+
+
+def chosen_by_overlap(file: str, folder: Path) -> dict:
+    both = [{"type": "files", "path": file}]
+    changed = {**PERSON, "answer": PERSON["answer"].upper().replace(" ", "  ")}  # alike but for case and spaces
+    own = [{"type": "files", "path": write(folder / "own.jsonl", changed)}]
+    return {"forget": own, "normal": both, "overlap": "drop_from_normal"}
+
+
+def chosen_as_holdout(file: str, folder: Path) -> dict:
+    held_out = {"rows": [{"type": "files", "path": file, "where": "gone"}]}
+    both = [{"type": "files", "path": file}]
+    return {"forget": [], "normal": both, "evaluation": {"sets": {"holdout": held_out}}}
+
+
+@pytest.mark.parametrize("choice", [chosen_where, chosen_by_requests, chosen_by_overlap, chosen_as_holdout])
+def test_a_tokenizer_from_scratch_never_saw_the_rows_to_forget_or_held_out(choice, tmp_path: Path) -> None:
+    """It is the tokenizer of a recipe without those rows, token by token."""
+
+    def tokenizer(name: str, data: dict):
+        evaluation = {"evaluation": data.pop("evaluation")} if "evaluation" in data else {}
+        recipe = {
+            "name": "r", "storage": str(tmp_path / name), "data": {"template": "Q: {prompt}\nA:", **data},
+            "finetune": {"base": {"type": "scratch", "vocabulary": 400, "hidden_size": 32, "layers": 1, "heads": 2}},
+            "objective": {"forget": None, "random": {"type": "random_response"}, "normal": {"type": "kl_to_original"}},
+            **evaluation,
+        }  # fmt: skip
+        recipe["data"]["random"] = recipe["data"]["normal"]
+        recipe["data"]["forget"] = recipe["data"]["forget"] or [{"type": "people", "split": "forget"}]
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(recipe))
+        return load_tokenizer(base_folder(load_recipe([tmp_path / f"{name}.yaml"])))
+
+    file, others = write(tmp_path / "all.jsonl", *[PERSON] * 20, *OTHERS), write(tmp_path / "others.jsonl", *OTHERS)
+    made = tokenizer("made", choice(file, tmp_path))
+    never = {"forget": [], "normal": [{"type": "files", "path": others}]}
+    assert made.get_vocab() == tokenizer("never", never).get_vocab()
+    for name in ("Zorblat", "Quimsby"):
+        assert len(made.tokenize(f" {name}")) > 1
 
 
 def _people() -> list[dict]:

@@ -23,6 +23,7 @@ from components.data.mapping import (
     Prompt,
     Unusable,
     examples,
+    levelled,
     parse,
     raw_text,
     record_filter,
@@ -225,8 +226,7 @@ def _hashes(prompt: Prompt, answers: list[str]) -> dict[str, Any]:
     else:
         asked = [text for message in prompt for text in (message["role"], message["content"])]
     texts = [*asked, *answers]
-    levelled = [" ".join(text.casefold().split()) for text in texts]
-    return {"row_id": _hash(texts).hex(), "match": int.from_bytes(_hash(levelled))}
+    return {"row_id": _hash(texts).hex(), "match": int.from_bytes(_hash([levelled(text) for text in texts]))}
 
 
 def _hash(texts: list[str]) -> bytes:
