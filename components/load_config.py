@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from components.config import Files, Recipe
 from components.errors import ConfigError
+from components.urls import without_secrets
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -69,11 +70,12 @@ def parse_override(text: str) -> dict[str, Any]:
     """`"train.steps=3"` → `{"train": {"steps": 3}}`; the value is YAML."""
     path, equals, raw = text.partition("=")
     if not equals or not path:
-        raise ConfigError(f"Override {text!r} is not of the form section.field=value.")
+        raise ConfigError(f"Override {without_secrets(repr(text))} is not of the form section.field=value.")
     try:
         value = yaml.safe_load(raw) if raw else ""
     except yaml.YAMLError:
-        raise ConfigError(f"Override {text!r} has a value that is not YAML. Put quotes around it.") from None
+        told = without_secrets(repr(text))
+        raise ConfigError(f"Override {told} has a value that is not YAML. Put quotes around it.") from None
     return nested(path, value)
 
 
@@ -187,8 +189,7 @@ def _explain(item: Any, schema: type[BaseModel]) -> str:
         tags = item["ctx"].get("expected_tags", "")
         return f"{path}: needs a type" + (f", one of {tags}." if tags else f": {item['msg']}.")
     message = item["msg"].removeprefix("Value error, ")
-    hidden = isinstance(item["input"], dict | BaseModel) or "password" in message
-    got = "" if hidden else f" (got {item['input']!r})"
+    got = "" if isinstance(item["input"], dict | BaseModel) else f" (got {without_secrets(repr(item['input']))})"
     return f"{path}: {message}{got}."
 
 

@@ -19,6 +19,8 @@ from components.console import progress_line, silent_stderr
 from components.errors import ClusterError, ConfigError, Stopped, own_error
 from components.files import refused
 from components.load_config import load_recipe
+from components.tracking.database import database_uri
+from components.urls import without_secrets
 
 
 class Command(NamedTuple):
@@ -86,7 +88,7 @@ def exit_code(act: Callable[[], None], debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
-        print(_paragraph(error), file=sys.stderr)
+        print(without_secrets(_paragraph(error)), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 
@@ -243,9 +245,8 @@ class Progress:
 
 def tracking_uri(recipe: Recipe) -> str:
     """The recipe's MLflow server, else the environment's, else a database in the storage folder."""
-    return (
-        recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage_folder(recipe)}/mlflow.db"
-    )
+    given = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return given or database_uri(storage_folder(recipe) / "mlflow.db")
 
 
 def storage_folder(recipe: Recipe) -> Path:

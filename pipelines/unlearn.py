@@ -21,13 +21,13 @@ from components.errors import ConfigError
 from components.evidence import WITHOUT_INTERVAL
 from components.files import only_one, read_lines, write_whole, writing
 from components.models import load_tokenizer, parameter_count, tokenizer_facts
-from components.tracking.client import shown_uri
 from components.tracking.follow import follow
 from components.tracking.registry import candidates
 from components.tracking.run import last_step, open_spool, put_lines, put_metrics, put_run, put_system, settings_of
 from components.tracking.spool import Spool
 from components.training.checkpoint_files import Place, remove_all
 from components.training.launch import run_job
+from components.urls import shown_url
 from pipelines.before_after import evaluate_after, evaluate_before
 from pipelines.cli import Command, leave, ray_session, run_cli, say, storage_folder, tracking_uri
 from pipelines.environment import environment
@@ -130,7 +130,7 @@ def plan(command: Command) -> str:
             f"  steps       {steps or 'unknown until the data is there'}",
             f"  parameters  {f'{parameters:,}' if parameters else 'unknown until the model is there'}",
             f"  run folder  {storage_folder(recipe) / run_name(recipe)}",
-            f"  MLflow      {shown_uri(tracking_uri(recipe))}",
+            f"  MLflow      {shown_url(tracking_uri(recipe))}",
         ]
     )
 

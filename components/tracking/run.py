@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from components.config import Recipe, leaves
 from components.errors import TrackingError
 from components.tracking import registry
-from components.tracking.client import experiment_id, make_client
+from components.tracking.client import MISSING, check_active, experiment_id, make_client
 from components.tracking.spool import Entry, Gone, Handler, Known, Spool
 
 LONGEST = 500
@@ -34,7 +34,24 @@ def open_spool(folder: Path, uri: str, tell: Callable[[str], None]) -> Spool:
         "model_metrics": _send_metrics, "tags": _send_tags, "artifact": _send_artifact, "model": _send_model,
         "end": _send_end,
     }  # fmt: skip
-    return Spool(folder / "mlflow", uri, lambda: make_client(uri), handlers, tell)
+    told = {kind: _unless_deleted(send) for kind, send in handlers.items()}
+    return Spool(folder / "mlflow", uri, lambda: make_client(uri), told, tell)
+
+
+def _unless_deleted(send: Handler) -> Handler:
+    """`send`, where a refusal means that the run was deleted: it waits until the run is restored, and is not lost."""
+
+    def sent(client: Any, known: Known, entry: Entry) -> Known | None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return send(client, known, entry)
+        except MlflowException as error:
+            if error.error_code in MISSING and "run_id" in known:
+                check_active(client, known["run_id"])
+            raise
+
+    return sent
 
 
 def put_run(
