@@ -10,6 +10,7 @@ import pyarrow as pa
 from components.config import Train
 from components.errors import stall_told
 from components.models import quiet_libraries
+from components.process import keep_private
 
 _PATIENCE = 900  # seconds: a large model's loading and first batch take long
 
@@ -92,6 +93,7 @@ def hide_gpus() -> None:
 
 
 def _made_in_worker(make: Any, arguments: tuple[Any, ...], gpus: int) -> Any:
+    keep_private()
     if not gpus:
         hide_gpus()
     quiet_libraries()

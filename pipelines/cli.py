@@ -19,6 +19,7 @@ from components.console import progress_line, silent_stderr
 from components.errors import ClusterError, ConfigError, Stopped, own_error
 from components.files import refused
 from components.load_config import load_recipe
+from components.process import keep_private
 from components.tracking.database import database_uri
 from components.urls import without_secrets
 
@@ -72,6 +73,7 @@ def run_cli(
 
 def exit_code(act: Callable[[], None], debug: bool) -> int:
     """Do it; an error becomes one paragraph and 1, a wrong command or recipe 2, Ctrl-C 130, SIGTERM 143."""
+    keep_private()
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     try:

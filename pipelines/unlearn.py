@@ -9,7 +9,9 @@ gates hold, as champion.
 
 import functools
 import json
+import shlex
 import shutil
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -57,6 +59,7 @@ from pipelines.training import (
     with_references,
 )
 
+_TEXTS = ("prepared", "evaluations", "mlflow-artifacts", "mlflow.db")  # of a storage folder
 _SHORT_PATIENCE = 3.0  # seconds that MLflow may fail to answer when the command failed already
 
 
@@ -76,6 +79,7 @@ def run(command: Command) -> None:
     started = time.perf_counter()
     with writing("Run", folder):
         folder.mkdir(parents=True, exist_ok=True)
+    _tell_readable(folder.parent)
     with only_one(folder):
         with writing("Run", folder):
             begin(folder, recipe, made_of)
@@ -90,6 +94,15 @@ def run(command: Command) -> None:
     say("\n" + shown_summary(summary))
     tell_unsent(open_spool(folder, tracking_uri(recipe), telling("MLflow")), folder)
     say(f"\nall in {duration(time.perf_counter() - started)}")
+
+
+def _tell_readable(storage: Path) -> None:
+    """Say where other accounts can read what is stored, as earlier versions left it."""
+    others = stat.S_IRWXG | stat.S_IRWXO
+    if storage.stat().st_mode & others and any(
+        place.stat().st_mode & others for name in _TEXTS if (place := storage / name).exists()
+    ):
+        say(f"storage      other accounts can read {storage}; close it: chmod -R go= {shlex.quote(str(storage))}")
 
 
 def _check_gates(recipe: Recipe) -> None:

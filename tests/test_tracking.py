@@ -376,3 +376,18 @@ def test_an_experiment_of_promotions_that_was_deleted_is_named(uri: str, client,
     client.delete_run(made.run_id)
     with pytest.raises(TrackingError, match=f"Run is deleted in MLflow .run={made.run_id}.*runs restore --run-id"):
         find_ledger(client, "ledgered")
+
+
+@pytest.mark.parametrize("length", [300, 5001, 9000, 40_000])
+def test_long_names_and_texts_do_not_keep_a_run_from_being_sent(length: int, uri: str, client, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    spool = open_spool(tmp_path / "run", uri, lambda text: None)
+    settings, tags = {"s" * length: 1, "short": 2, "text": "t" * length}, {"mlflow.source.name": "c" * length}
+    put_run(spool, "x" * min(length, 500), tmp_path, tmp_path / "run", settings, tags, name="n" * min(length, 250))
+    spool.put("tags", tags={"mlflow.note.content": "d" * length, "after": "it"})
+    assert spool.drain(5) == 0
+    assert spool.refused() == []
+    run = client.get_run(spool.known["run_id"])
+    assert run.data.params["short"] == "2"
+    assert run.data.tags["after"] == "it"
+    assert run.data.tags["mlflow.source.name"].startswith("c" * 300)

@@ -14,6 +14,7 @@ from components.tracking.spool import Entry, Gone, Handler, Known, Spool
 
 LONGEST = 500
 """Characters of a param, which older servers take, too; the artifact config.json has all."""
+_LONGEST_KEY, _LONGEST_TAG = 250, 5000  # characters, beyond which MLflow refuses the whole run
 
 
 class Input(NamedTuple):
@@ -60,7 +61,7 @@ def put_run(
 ) -> int:  # fmt: skip
     """The run of `folder` with its settings as params, or one more attempt at it. Returns the attempt's number.
 
-    Settings that are too long for a param are left out; `name` is the folder's by default.
+    Settings whose name or value is too long for a param are left out; `name` is the folder's by default.
     """
     attempt = 1 + sum(entry["kind"] in ("run", "attempt") for entry in spool.entries())
     if attempt > 1:
@@ -70,7 +71,7 @@ def put_run(
     spool.put(
         "run", experiment=experiment, storage=str(storage), name=name or folder.name,
         tags={**tags, "run_folder": str(folder), "attempts": "1"},
-        params={key: value for key, value in params.items() if len(value) <= LONGEST},
+        params={key: value for key, value in params.items() if len(key) <= _LONGEST_KEY and len(value) <= LONGEST},
     )  # fmt: skip
     for file in files:
         spool.put("artifact", path=str(file))
@@ -129,12 +130,17 @@ def _send_run(client: Any, known: Known, entry: Entry) -> Known:
     found = client.search_runs([experiment], f"tags.spool_key = '{entry['key']}'", max_results=1)
     run = found[0] if found else client.create_run(
         experiment, start_time=int(entry["time"] * 1000), run_name=entry["name"],
-        tags={**entry["tags"], "spool_key": entry["key"]},
+        tags={**_fitting(entry["tags"]), "spool_key": entry["key"]},
     )  # fmt: skip
     params = [Param(key, value) for key, value in entry["params"].items()]
     for i in range(0, len(params), 100):
         client.log_batch(run.info.run_id, params=params[i : i + 100])
     return {"run_id": run.info.run_id, "experiment_id": experiment}
+
+
+def _fitting(tags: Mapping[str, str]) -> dict[str, str]:
+    """Tags with their texts cut to what MLflow takes, such as a long command line."""
+    return {key: text if len(text) <= _LONGEST_TAG else f"{text[: _LONGEST_TAG - 2]} …" for key, text in tags.items()}
 
 
 def _send_attempt(client: Any, known: Known, entry: Entry) -> None:
@@ -152,7 +158,7 @@ def _send_metrics(client: Any, known: Known, entry: Entry) -> None:
 
 
 def _send_tags(client: Any, known: Known, entry: Entry) -> None:
-    for key, value in entry["tags"].items():
+    for key, value in _fitting(entry["tags"]).items():
         client.set_tag(known["run_id"], key, value)
 
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from components.batch_inference import hide_gpus
 from components.errors import ClusterError, Stopped, TrainingError, own_error
+from components.process import keep_private
 from components.training.job import Job, note
 
 _NODE_PATIENCE = 600.0  # seconds that a run waits for the cluster to replace a node
@@ -211,6 +212,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     from components.training.loop import train_loop
     from components.training.system import watched
 
+    keep_private()
     job = Job.model_validate(config["job"])
     if not job.train.gpus_per_worker:
         hide_gpus()
