@@ -87,7 +87,8 @@ def shown_summary(summary: Mapping[str, Any]) -> str:
 def summary_texts(outcome: Outcome, version: str, run: tuple[str, str] | None) -> dict[str, str]:
     """The parts of the summary, sample answers apart; `run`: ids of MLflow's experiment and run."""
     samples = []
-    for sample in outcome.samples.get("forget", []):
+    told = [] if outcome.recipe.data.requests else outcome.samples.get("forget", [])  # logs are not purged
+    for sample in told:
         answers = {"right": sample.answer, "before": sample.before, "after": sample.after}
         samples.append("\n".join([f"Q       {sample.question}", *(f"  {k:<8}{v}" for k, v in answers.items())]))
     blocks = []
@@ -98,10 +99,13 @@ def summary_texts(outcome: Outcome, version: str, run: tuple[str, str] | None) -
     page = "http://127.0.0.1:5000" if local else uri
     if run:
         page += f"/#/experiments/{run[0]}/runs/{run[1]}?workflowType=machine_learning"
+    report = f"{outcome.folder / 'report.html'}"
+    if outcome.recipe.data.requests:
+        report += ", with sample answers, which are not shown here since deletion requests choose the rows"
     server = f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
     places = {
         "run folder": str(outcome.folder),
-        "report": str(outcome.folder / "report.html"),
+        "report": report,
         "model": f"{outcome.folder / 'model'} = {version}, {outcome.verdict()}",
         **({"MLflow": f"{server}, then", "": page} if local else {"MLflow": page}),
     }

@@ -47,7 +47,7 @@ from pipelines.finetune import (
 )
 from pipelines.hand_over import candidate_text, hand_over, inputs, run_tags, source_tags
 from pipelines.outcome import shown_summary, summary_texts
-from pipelines.prepare import Streams, data_counts, notes, prepare_streams
+from pipelines.prepare import Streams, data_counts, names_in_tokenizer, notes, prepare_streams
 from pipelines.run_folder import begin, check_begun, run_folder
 from pipelines.training import (
     checkpoint_place,
@@ -197,7 +197,8 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
     return {
         "run": folder.name, "registered_model": candidates(registered_name(recipe)), "version": known.get("version"),
         "made_from": made_from, "metrics": outcome.metrics, "steps": trained["steps"], "seconds": trained["seconds"],
-        "mlflow_run_id": known.get("run_id"), **summary_texts(outcome, candidate_text(recipe, spool), link),
+        "names_as_tokens": names_in_tokenizer(streams), "mlflow_run_id": known.get("run_id"),
+        **summary_texts(outcome, candidate_text(recipe, spool), link),
     }  # fmt: skip
 
 

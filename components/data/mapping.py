@@ -102,6 +102,14 @@ def examples(fields: dict[str, Any], source: PoolSource, kind: str) -> list[Exam
 
 def row_texts(source: PoolSource) -> Iterator[list[str]]:
     """Prompt and answers of each usable row that the source takes, such as to train a tokenizer on."""
+    for fields in taken_records(source):
+        with suppress(Unusable):
+            for example in examples(fields, source, "pairs"):
+                yield [shown(example.prompt), *example.answers]
+
+
+def taken_records(source: PoolSource) -> Iterator[dict[str, Any]]:
+    """The columns of each readable record that the source takes: by its filter and its deletion requests."""
     holds, requests_for = record_filter(source), requests_of(source)
     left_out = bool(getattr(source, "not_requested", None))
     filtered = left_out or bool(getattr(source, "requested", None))
@@ -110,8 +118,7 @@ def row_texts(source: PoolSource) -> Iterator[list[str]]:
             with suppress(Unusable):
                 fields = parse(record)
                 if holds(fields) and not (filtered and bool(requests_for(fields)) == left_out):
-                    for example in examples(fields, source, "pairs"):
-                        yield [shown(example.prompt), *example.answers]
+                    yield fields
 
 
 def levelled(text: str) -> str:

@@ -1,5 +1,6 @@
 """One MLflow run for one run folder, always addressed by its id: what is told of it, and how each thing is sent."""
 
+import ast
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -81,8 +82,32 @@ def put_run(
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """A resolved recipe as MLflow's pages show it: by dotted name, without what is not set."""
-    return leaves(recipe.model_dump(mode="json", exclude_none=True))
+    """A resolved recipe as MLflow's pages show it: by dotted name, without what is not set and texts in filters."""
+    return leaves(without_filter_texts(recipe.model_dump(mode="json", exclude_none=True)))
+
+
+def without_filter_texts(settings: Any) -> Any:
+    """Settings in which no filter (`where`) tells the texts that it compares with, such as whose record is meant.
+
+    MLflow lets nobody change a param once it is sent.
+    """
+    if isinstance(settings, dict):
+        return {
+            key: _without_texts(value) if key == "where" and isinstance(value, str) else without_filter_texts(value)
+            for key, value in settings.items()
+        }
+    return [without_filter_texts(value) for value in settings] if isinstance(settings, list) else settings
+
+
+def _without_texts(where: str) -> str:
+    class Blanked(ast.NodeTransformer):
+        def visit_Constant(self, node: ast.Constant) -> ast.Constant:
+            return ast.Constant("…") if isinstance(node.value, str) else node
+
+    try:
+        return ast.unparse(Blanked().visit(ast.parse(where.strip(), mode="eval")))
+    except (SyntaxError, ValueError, RecursionError):
+        return "…"
 
 
 def put_lines(spool: Spool, lines: list[dict[str, Any]]) -> None:
