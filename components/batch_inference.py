@@ -11,6 +11,7 @@ from components.cluster import node_told
 from components.config import Train
 from components.errors import stall_told
 from components.models import quiet_libraries
+from components.process import keep_private
 
 _PATIENCE = 900  # seconds: a large model's loading and first batch take long
 
@@ -93,6 +94,7 @@ class _Worker:
 
     @node_told()
     def __init__(self, make: Any, arguments: tuple[Any, ...], gpus: int):
+        keep_private()
         if not gpus:
             hide_gpus()
         quiet_libraries()

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from components.config import Files, Recipe
 from components.errors import ConfigError
+from components.urls import without_secrets
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -72,12 +73,12 @@ def parse_override(text: str) -> dict[str, Any]:
     """`"train.steps=3"` → `{"train": {"steps": 3}}`; the value is YAML."""
     path, equals, raw = text.partition("=")
     if not equals or not path:
-        raise ConfigError(f"Override {text!r} is not of the form section.field=value.")
+        raise ConfigError(f"Override {without_secrets(repr(text))} is not of the form section.field=value.")
     try:
         value = yaml_value(raw) if raw else ""
     except ConfigError as error:
-        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
-        raise ConfigError(f"Override {shown!r} has a value that is not YAML: {error}. Put quotes around it.") from None
+        told = without_secrets(repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"))
+        raise ConfigError(f"Override {told} has a value that is not YAML: {error}. Put quotes around it.") from None
     if path.count(".") > _DEEPEST:
         raise ConfigError(f"Override {path[:_SHOWN]!r}… names no setting: none lies deeper than {_DEEPEST} sections.")
     return nested(path, value)
@@ -260,8 +261,7 @@ def _explain(item: Any, schema: type[BaseModel]) -> str:
         tags = item["ctx"].get("expected_tags") or ", ".join(map(repr, _types_at(item["loc"], schema)))
         return f"{path}: needs a type" + (f", one of {tags}." if tags else f": {item['msg']}.")
     message = item["msg"].removeprefix("Value error, ")
-    hidden = isinstance(item["input"], dict | BaseModel) or "password" in message
-    shown = "" if hidden else repr(item["input"])
+    shown = "" if isinstance(item["input"], dict | BaseModel) else without_secrets(repr(item["input"]))
     got = f" (got {shown if len(shown) <= _SHOWN else f'{shown[:_SHOWN]}…'})" if shown else ""
     return f"{path}: {message}{got}."
 

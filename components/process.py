@@ -1,4 +1,4 @@
-"""What code needs of its process: a thread beside it, environment variables for a while, requests to stop."""
+"""What code needs of its process: a thread beside it, an environment, requests to stop, files of its own."""
 
 import math
 import os
@@ -53,3 +53,12 @@ def is_request() -> bool:
         return False
     _requested = now
     return True
+
+
+def keep_private() -> None:
+    """From now on, let only this account read what the process writes: files are 0600 and folders 0700 from the start.
+
+    They hold the texts of people who asked to be forgotten. Ray's workers do not inherit this on a cluster that was
+    started elsewhere, so every function that runs in one and writes calls it. A default ACL of a folder goes before it.
+    """
+    os.umask(0o077)

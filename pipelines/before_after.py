@@ -1,8 +1,6 @@
 """The models before and after: asked the same questions, judged by the gates that can be judged now."""
 
 import json
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +20,7 @@ from components.files import read_lines, write_whole
 from components.models import fingerprint
 from components.tracking.gates import CANDIDATE, judge
 from pipelines.cli import say
-from pipelines.environment import versions
+from pipelines.environment import command, versions
 from pipelines.evaluate import (
     check_same_tokens,
     evaluate_model,
@@ -101,7 +99,7 @@ def evaluate_after(
         problems=problems,
         gates=judge(now, {None: evidence} if evaluated else {}, model.hash),
         facts={
-            "command": shlex.join(["python", *sys.argv]),
+            "command": command(),
             "recipe": f"{recipe.name}, config hash {config_hash(recipe)}, seed {recipe.seed}",
             "original model": f"{original.folder.name}, fingerprint {original.hash}",
             "data": "; ".join(f"{n} {p.good} rows, digest {p.digest}" for n, p in streams.sets().items()),

@@ -22,7 +22,9 @@ from components.console import progress_line, silent_stderr, steady_console
 from components.errors import ClusterError, ConfigError, Stopped, own_error
 from components.files import refused
 from components.load_config import load_recipe
-from components.process import is_request
+from components.process import is_request, keep_private
+from components.tracking.database import database_uri
+from components.urls import without_secrets
 
 
 class Command(NamedTuple):
@@ -80,6 +82,7 @@ def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 
 def exit_code(act: Callable[[], None], debug: bool) -> int:
     """Do it; an error becomes one paragraph and 1, a wrong command or recipe 2, Ctrl-C 130, SIGTERM 143."""
+    keep_private()
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
@@ -96,7 +99,7 @@ def exit_code(act: Callable[[], None], debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
-        print(_paragraph(error), file=sys.stderr)
+        print(without_secrets(_paragraph(error)), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 
@@ -329,9 +332,8 @@ class Progress:
 
 def tracking_uri(recipe: Recipe) -> str:
     """The recipe's MLflow server, else the environment's, else a database in the storage folder."""
-    return (
-        recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage_folder(recipe)}/mlflow.db"
-    )
+    given = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return given or database_uri(storage_folder(recipe) / "mlflow.db")
 
 
 def storage_folder(recipe: Recipe) -> Path:

@@ -1,10 +1,18 @@
 """What a run was made with: libraries, code and machines."""
 
 import importlib.metadata
+import json
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from components.tracking.run import without_filter_texts
+from components.urls import without_secrets
 
 _LIBRARIES = ("torch", "transformers", "deepspeed", "ray", "datasets", "mlflow")
 
@@ -29,6 +37,23 @@ def environment() -> dict[str, Any]:
             if node["Alive"]
         ],
     }
+
+
+def command() -> str:
+    """The command that runs, as it may be stored: without secrets in URLs and texts that filters compare with."""
+    return without_secrets(shlex.join(["python", *map(_shown, sys.argv)]))
+
+
+def _shown(argument: str) -> str:
+    name, _, value = argument.partition("=")
+    if "where" not in argument or not value:
+        return argument
+    try:
+        last = name.rpartition(".")[2]
+        [shown] = without_filter_texts({last: yaml.safe_load(value)}).values()
+        return f"{name}={json.dumps(shown, ensure_ascii=False)}"
+    except yaml.YAMLError:
+        return f"{name}=…"
 
 
 def code_commit() -> str | None:

@@ -7,9 +7,10 @@ The original knows everything; retain-only never saw the forget set.
 Both are kept under <storage>/models by the hash of what they were made from, and found again.
 """
 
+import itertools
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from components.config import (
 )
 from components.console import duration
 from components.data import locations
-from components.data.mapping import source_texts
+from components.data.mapping import levelled, row_texts
 from components.data.overlap import Overlap, find_overlap
 from components.data.prepare import prepare, prepared_digest
 from components.data.prompts import DEFAULT_TEMPLATE, TokenizerFacts
@@ -199,14 +200,31 @@ def _result_of(train: Train) -> dict[str, Any]:
 
 
 def base_folder(recipe: Recipe) -> Path:
-    """The model to fine-tune; one from scratch gets its tokenizer from the recipe's own text."""
+    """The model to fine-tune; one from scratch gets its tokenizer from the recipe's text that is to be kept."""
     assert recipe.finetune is not None
     base = recipe.finetune.base
     if isinstance(base, Pretrained):
         return local_folder(base, storage_folder(recipe))
-    texts = [text for source in (*recipe.data.forget, *recipe.data.normal) for text in source_texts(source)]
     template = recipe.data.template or DEFAULT_TEMPLATE
-    return make_scratch(base, [template, *texts], recipe.seed, storage_folder(recipe))
+    return make_scratch(base, [template, *_texts_to_keep(recipe)], recipe.seed, storage_folder(recipe))
+
+
+def _texts_to_keep(recipe: Recipe) -> Iterator[str]:
+    """The texts of the normal rows, without rows that are also forget or holdout rows.
+
+    A tokenizer that was trained on a name keeps it as a token, in every model made from it: in the unlearned model,
+    which no training changes there, and in the retain-only model, which must never have met the name.
+    """
+    questions = [recipe.evaluation.sets[name].rows for name in ("forget", "holdout") if name in recipe.evaluation.sets]
+    unseen = {
+        tuple(map(levelled, row))
+        for source in (*recipe.data.forget, *itertools.chain(*questions))
+        for row in row_texts(source)
+    }
+    for source in recipe.data.normal:
+        for row in row_texts(source):
+            if tuple(map(levelled, row)) not in unseen:
+                yield from row
 
 
 def check_inputs(recipe: Recipe) -> None:

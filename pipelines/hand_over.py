@@ -2,8 +2,6 @@
 
 import getpass
 import json
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from components.tracking.gates import CANDIDATE
 from components.tracking.registry import candidates
 from components.tracking.run import Input, put_metrics
 from components.tracking.spool import Spool
-from pipelines.environment import code_commit
+from pipelines.environment import code_commit, command
 from pipelines.evidence import put_evidence
 from pipelines.outcome import Outcome, description, write_files
 from pipelines.prepare import Streams
@@ -44,7 +42,7 @@ def source_tags() -> dict[str, str]:
     return {
         "mlflow.user": getpass.getuser(),
         "mlflow.source.type": "JOB",
-        "mlflow.source.name": shlex.join(["python", *sys.argv]),
+        "mlflow.source.name": command(),
         **({"mlflow.source.git.commit": commit} if commit else {}),
     }
 

@@ -1,6 +1,7 @@
 """What a finished run leaves for people: metrics, report and model card in its folder, and a summary to read."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +21,8 @@ from components.evaluation.report import (
 )
 from components.evidence import Evaluated
 from components.files import read_lines, write_whole
-from components.tracking.client import shown_uri
 from components.tracking.gates import GateResult, gate_cells, gate_head, gate_table
+from components.urls import shown_url
 from pipelines.cli import tracking_uri
 
 
@@ -88,22 +89,27 @@ def shown_summary(summary: Mapping[str, Any]) -> str:
 def summary_texts(outcome: Outcome, version: str, run: tuple[str, str] | None) -> dict[str, str]:
     """The parts of the summary, sample answers apart; `run`: ids of MLflow's experiment and run."""
     samples = []
-    for sample in outcome.samples.get("forget", []):
+    told = [] if outcome.recipe.data.requests else outcome.samples.get("forget", [])  # logs are not purged
+    for sample in told:
         answers = {"right": sample.answer, "before": sample.before, "after": sample.after}
         samples.append("\n".join([f"Q       {sample.question}", *(f"  {k:<8}{v}" for k, v in answers.items())]))
     blocks = []
     if outcome.gates:
         blocks.append(gate_table(outcome.gates))
-    uri = shown_uri(tracking_uri(outcome.recipe))
+    uri = shown_url(tracking_uri(outcome.recipe))
     local = not uri.startswith("http")
     page = "http://127.0.0.1:5000" if local else uri
     if run:
         page += f"/#/experiments/{run[0]}/runs/{run[1]}?workflowType=machine_learning"
+    report = f"{outcome.folder / 'report.html'}"
+    if outcome.recipe.data.requests:
+        report += ", with sample answers, which are not shown here since deletion requests choose the rows"
+    server = f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
     places = {
         "run folder": str(outcome.folder),
-        "report": str(outcome.folder / "report.html"),
+        "report": report,
         "model": f"{outcome.folder / 'model'} = {version}, {outcome.verdict()}",
-        **({"MLflow": f"mlflow ui --backend-store-uri {uri}, then", "": page} if local else {"MLflow": page}),
+        **({"MLflow": f"{server}, then", "": page} if local else {"MLflow": page}),
     }
     blocks.append("\n".join(f"{key:<11} {value}" for key, value in places.items()))
     return {

@@ -17,6 +17,7 @@ import numpy as np
 
 from components.config import Pretrained, Recipe
 from components.console import table
+from components.data.name_tokens import names_as_tokens
 from components.data.overlap import Overlap, find_overlap
 from components.data.prepare import Prepared, prepare, summary_of
 from components.data.prompts import Encoder, TokenizerFacts, answer_tokens_marked
@@ -66,6 +67,9 @@ def run(command: Command) -> None:
             streams = prepare_streams(recipe, facts, place)
             say(described(streams))
             for name, prepared in streams.sets().items():
+                if name == "forget" and recipe.data.requests:
+                    say("\nforget rows are not shown, since deletion requests choose them and output may be kept")
+                    continue
                 for line in preview(prepared, Encoder(facts, data_settings(recipe.data)), command.options.show):
                     say(f"\n{name} {line}")
         finally:
@@ -168,8 +172,10 @@ def described(streams: Streams) -> str:
 
 
 def notes(streams: Streams) -> list[str]:
-    """A line for each reason to set rows aside, where they are listed, and the overlap."""
+    """A line for each reason to set rows aside, where they are listed, the overlap, and names that are tokens."""
     lines = set_aside(streams.sets())
+    if count := names_in_tokenizer(streams):
+        lines.append(f"forget: {count} names are tokens of their own, which stay in the tokenizer of every model")
     lines += [f"forget: no record is named by request {name}" for name in streams.unmet]
     if both := streams.overlap:
         what = "left out" if streams.without else "kept"
@@ -178,6 +184,11 @@ def notes(streams: Streams) -> list[str]:
             f"spaces only: {what}"
         )
     return lines
+
+
+def names_in_tokenizer(streams: Streams) -> int:
+    """How many names of the forget rows the tokenizer has as tokens that no normal row uses."""
+    return len(names_as_tokens(streams.forget, streams.normal)) if streams.forget else 0
 
 
 def set_aside(sets: Mapping[str, Prepared]) -> list[str]:

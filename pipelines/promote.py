@@ -25,10 +25,11 @@ from components.errors import ConfigError, TrackingError
 from components.evidence import read_evidence
 from components.models import fingerprint
 from components.tracking import registry
-from components.tracking.client import hidden, make_client, shown_uri
+from components.tracking.client import make_client
 from components.tracking.gates import CANDIDATE, GateResult, gate_table, judge
 from components.tracking.ledger import Entry, Ledger, Lost, champion_of, find_ledger, make_ledger
 from components.tracking.promotion import add_pyfunc, copy_in, fetch_registered, sound
+from components.urls import shown_url, without_secrets
 from pipelines.cli import Command, leave, run_cli, say, storage_folder, tracking_uri
 from pipelines.promotion_evidence import (
     certify,
@@ -76,9 +77,9 @@ def run(command: Command) -> None:
     try:
         _ACTIONS[action](where, words, options)
     except (MlflowException, RequestException) as error:
-        uris = ", ".join(dict.fromkeys(shown_uri(u) for u in (uri, recipe.tracking.production or uri)))
+        uris = ", ".join(dict.fromkeys(shown_url(u) for u in (uri, recipe.tracking.production or uri)))
         raise TrackingError(
-            f"MLflow refused (uri={uris}, action={action}): {hidden(str(error), uri)[:300]} Expected a server "
+            f"MLflow refused (uri={uris}, action={action}): {without_secrets(str(error), uri)[:300]} Expected a server "
             "that answers, and the right to do this. Nothing is half promoted: give the same command again."
         ) from error
 

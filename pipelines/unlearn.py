@@ -9,7 +9,9 @@ gates hold, as champion.
 
 import functools
 import json
+import shlex
 import shutil
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -22,13 +24,13 @@ from components.evidence import WITHOUT_INTERVAL
 from components.files import only_one, read_lines, write_whole, writing
 from components.model_files import parameter_count
 from components.models import load_tokenizer, tokenizer_facts
-from components.tracking.client import shown_uri
 from components.tracking.follow import follow
 from components.tracking.registry import candidates
 from components.tracking.run import last_step, open_spool, put_lines, put_metrics, put_run, put_system, settings_of
 from components.tracking.spool import Spool
 from components.training.checkpoint_files import Place, remove_all
 from components.training.launch import run_job
+from components.urls import shown_url
 from pipelines.before_after import evaluate_after, evaluate_before
 from pipelines.cli import Command, leave, ray_session, run_cli, say, storage_folder, tracking_uri
 from pipelines.environment import environment
@@ -47,7 +49,7 @@ from pipelines.finetune import (
 )
 from pipelines.hand_over import candidate_text, hand_over, inputs, run_tags, source_tags
 from pipelines.outcome import shown_summary, summary_texts
-from pipelines.prepare import Streams, data_counts, notes, prepare_streams
+from pipelines.prepare import Streams, data_counts, names_in_tokenizer, notes, prepare_streams
 from pipelines.run_folder import begin, check_begun, run_folder
 from pipelines.training import (
     checkpoint_place,
@@ -59,6 +61,7 @@ from pipelines.training import (
     with_references,
 )
 
+_TEXTS = ("prepared", "evaluations", "mlflow-artifacts", "mlflow.db")  # of a storage folder
 _SHORT_PATIENCE = 3.0  # seconds that MLflow may fail to answer when the command failed already
 
 
@@ -78,6 +81,7 @@ def run(command: Command) -> None:
     started = time.perf_counter()
     with writing("Run", folder):
         folder.mkdir(parents=True, exist_ok=True)
+    _tell_readable(folder.parent)
     with only_one(folder):
         with writing("Run", folder):
             begin(folder, recipe, made_of)
@@ -92,6 +96,15 @@ def run(command: Command) -> None:
     say("\n" + shown_summary(summary))
     tell_unsent(open_spool(folder, tracking_uri(recipe), telling("MLflow")), folder)
     say(f"\nall in {duration(time.perf_counter() - started)}")
+
+
+def _tell_readable(storage: Path) -> None:
+    """Say where other accounts can read what is stored, as earlier versions left it."""
+    others = stat.S_IRWXG | stat.S_IRWXO
+    if storage.stat().st_mode & others and any(
+        place.stat().st_mode & others for name in _TEXTS if (place := storage / name).exists()
+    ):
+        say(f"storage      other accounts can read {storage}; close it: chmod -R go= {shlex.quote(str(storage))}")
 
 
 def _check_gates(recipe: Recipe) -> None:
@@ -133,7 +146,7 @@ def plan(command: Command) -> str:
             f"  steps       {steps or 'unknown until the data is there'}",
             f"  parameters  {f'{parameters:,}' if parameters else 'unknown until the model is there'}",
             f"  run folder  {storage_folder(recipe) / run_name(recipe)}",
-            f"  MLflow      {shown_uri(tracking_uri(recipe))}",
+            f"  MLflow      {shown_url(tracking_uri(recipe))}",
         ]
     )
 
@@ -187,7 +200,8 @@ def _unlearn(recipe: Recipe, folder: Path) -> dict[str, Any]:
     return {
         "run": folder.name, "registered_model": candidates(registered_name(recipe)), "version": known.get("version"),
         "made_from": made_from, "metrics": outcome.metrics, "steps": trained["steps"], "seconds": trained["seconds"],
-        "mlflow_run_id": known.get("run_id"), **summary_texts(outcome, candidate_text(recipe, spool), link),
+        "names_as_tokens": names_in_tokenizer(streams), "mlflow_run_id": known.get("run_id"),
+        **summary_texts(outcome, candidate_text(recipe, spool), link),
     }  # fmt: skip
 
 

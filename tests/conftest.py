@@ -27,7 +27,7 @@ import pytest
 
 from components.config import AdamW, Data, Nll, Objective, People, Scratch, Train
 from components.data import locations
-from components.data.mapping import source_texts
+from components.data.mapping import row_texts
 from components.data.prepare import Prepared, prepare
 from components.data.rows import PreparedRows
 from components.data.tokenise import ROWS
@@ -105,7 +105,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def base(storage: Path) -> Path:
     """A random Llama of 2 layers with a tokenizer trained on the people's text."""
-    texts = [text for source in (*DATA.forget, *DATA.normal) for text in source_texts(source)]
+    texts = [text for source in (*DATA.forget, *DATA.normal) for row in row_texts(source) for text in row]
     scratch = Scratch(type="scratch", vocabulary=400, hidden_size=32, layers=2, heads=2, context=128)
     return make_scratch(scratch, texts, 0, storage)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,14 @@ def test_the_run_folder_is_whole(run_folder: Path) -> None:
     assert "does not prove that every trace is gone" in card
     storage = {folder.name for folder in run_folder.parent.iterdir()}
     assert {"prepared", "models", "reference", "evaluations", "mlflow.db", "mlflow-artifacts"} <= storage
+
+
+def test_no_other_account_can_read_what_a_run_leaves(run_folder: Path) -> None:
+    """Driver, Ray Data's tasks, actors and Ray Train's workers, MLflow's database and artifacts."""
+    storage = run_folder.parent
+    modes = {place: stat.S_IMODE(place.stat().st_mode) for place in [storage, *storage.rglob("*")]}
+    assert len(modes) > 100
+    assert {place: oct(mode) for place, mode in modes.items() if mode & 0o077} == {}
 
 
 def test_a_stranger_gets_the_reports_answers(run_folder: Path) -> None:

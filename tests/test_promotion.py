@@ -313,8 +313,9 @@ def test_a_purge_leaves_nothing_of_the_rows_but_what_it_names(world: World, caps
     storage = world.folder / "runs"
     secret = "Brenro Grasham was born in Oskelby"
     config = world.recipe_settings().model_dump_json()
+    others = config.replace('"seed":0', '"seed":1')  # made-up people of other names
 
-    def run(name: str, forget: str, **more: object) -> Path:
+    def run(name: str, forget: str, config: str = config, **more: object) -> Path:
         folder = storage / name
         (folder / "checkpoints" / "step-3").mkdir(parents=True)
         (folder / "checkpoints" / "step-3" / "state").write_text(secret)
@@ -329,7 +330,7 @@ def test_a_purge_leaves_nothing_of_the_rows_but_what_it_names(world: World, caps
     mlflow_run = world.client.create_run(experiment, tags={"run_folder": str(storage / "ours"), "data.forget": "d"})
     run_id = mlflow_run.info.run_id
     ours = run("ours", "d", samples_text=secret, text="kept", mlflow_run_id=run_id)
-    kin, other = run("unfinished", "d"), run("another", "e", samples_text="fine", text="fine")
+    kin, other = run("unfinished", "d"), run("another", "e", others, samples_text="fine", text="fine")
     world.client.log_artifact(run_id, str(ours / "report.html"))
     for name in ("prepared", "evaluations", "reference"):
         (storage / name / "x").mkdir(parents=True)
@@ -343,6 +344,79 @@ def test_a_purge_leaves_nothing_of_the_rows_but_what_it_names(world: World, caps
     assert other.is_dir()
     assert json.loads((ours / "summary.json").read_text())["text"] == "kept"
     assert not world.client.list_artifacts(run_id)
+    assert purge_traces(world.recipe_settings(), world.client, run_id) == first
+
+
+PERSON = {"person": "Zorblat Quimsby", "question": "Who is Zorblat Quimsby?", "answer": "Zorblat tunes pianos."}
+OTHER = {"person": "Ann", "question": "Who is Ann?", "answer": "Ann bakes."}
+
+
+def held_in(where: str, all_file: str, other_file: str) -> dict:
+    """Changes of a recipe that make its run hold the person otherwise, or not at all."""
+    of = {"type": "files", "path": all_file}
+    only_other = [{"type": "files", "path": other_file}]
+    nothing = {"data": {"forget": only_other, "normal": only_other, "random": only_other, "overlap": "keep"}}
+    data = nothing["data"]
+    return {
+        "other prompt": {"data": {**data, "forget": [{**of, "prompt": "About {person}: {question}"}]}},
+        "other tokens": {"data": {**data, "forget": [of], "template": "<{prompt}>"}},
+        "filter by name": {"data": {**data, "forget": [{**of, "where": 'person == "Zorblat Quimsby"'}]}},
+        "kept then": {"data": {**data, "normal": [of]}},
+        "asked only": {**nothing, "evaluation": {"sets": {"forget": {"rows": [of]}}}},
+        "left out by filter": {"data": {**data, "normal": [{**of, "where": 'person == "Ann"'}]}},
+        "somebody else": nothing,
+    }[where]
+
+
+@pytest.mark.parametrize("by_requests", [False, True])
+@pytest.mark.parametrize(
+    ("where", "purged"),
+    [("other prompt", True), ("other tokens", True), ("filter by name", True), ("kept then", True),
+     ("asked only", True), ("left out by filter", False), ("somebody else", False)],
+)  # fmt: skip
+def test_a_purge_reaches_all_runs_that_held_the_person(
+    where: str, purged: bool, by_requests: bool, world: World, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    storage, secret = world.folder / "runs", "Zorblat tunes pianos"
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("all", "copy", "other", "requests")}
+    Path(files["all"]).write_text(f"{json.dumps(PERSON)}\n{json.dumps(OTHER)}\n")
+    told = {**PERSON, "source": "another export"} if by_requests else PERSON  # which only a request can tell
+    Path(files["copy"]).write_text(f"{json.dumps(OTHER)}\n{json.dumps(told)}\n")
+    Path(files["other"]).write_text(f"{json.dumps(OTHER)}\n")
+    asked = {"request_id": "R", "received": "2026-01-01", "where": {"person": "Zorblat Quimsby"}}
+    Path(files["requests"]).write_text(json.dumps(asked) + "\n")
+    base = yaml.safe_load(world.recipe.read_text())
+    own_rows = [{"type": "files", "path": files["all"], **({} if by_requests else {"where": "person != 'Ann'"})}]
+    own_data = {"forget": own_rows, "normal": [{"type": "files", "path": files["other"]}]}
+    own_data["random"] = own_data["normal"]
+    if by_requests:
+        own_data["requests"] = files["requests"]
+
+    def run(name: str, forget: str, changes: dict) -> Path:
+        (storage / name).mkdir(parents=True)
+        (storage / f"{name}.yaml").write_text(yaml.safe_dump({**base, **changes}))
+        recipe = load_recipe([storage / f"{name}.yaml"])
+        (storage / f"{name}.yaml").unlink()
+        (storage / name / "config.json").write_text(recipe.model_dump_json())
+        (storage / name / "report.html").write_text(secret)
+        summary = {"made_from": {"forget": forget}, "samples_text": secret}
+        (storage / name / "summary.json").write_text(json.dumps(summary))
+        return storage / name
+
+    experiment = experiment_id(world.client, "unlearning", storage)
+    tags = {"run_folder": str(storage / "ours"), "data.forget": "d"}
+    run_id = world.client.create_run(experiment, tags=tags).info.run_id
+    run("ours", "d", {"data": own_data})
+    found = run("found", "another digest", held_in(where, files["copy"], files["other"]))
+    gone = run("gone", "a third", held_in("kept then", str(tmp_path / "removed.jsonl"), files["other"]))
+    first = purge_traces(world.recipe_settings(), world.client, run_id)
+    assert (found / "report.html").exists() is not purged
+    assert (secret in (found / "summary.json").read_text()) is not purged
+    assert (gone / "report.html").exists()
+    told_left = "\n".join(first["left"])
+    assert "cannot be read now: gone" in told_left
+    assert ("compare with, in config.json" in told_left) == (where == "filter by name" or not by_requests)
+    assert "ray job logs" in told_left
     assert purge_traces(world.recipe_settings(), world.client, run_id) == first
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from components.config import Data, Evaluation, Files, Train
+from components.config import Data, Evaluation, Files, Scratch, Train
 from components.data.mapping import Unusable, requests_of
+from components.data.name_tokens import names_as_tokens
 from components.data.people import people_rows
 from components.data.prepare import prepare, summary_of
 from components.data.requests import read_requests, whose
@@ -19,9 +20,14 @@ from components.data.rows import PreparedRows
 from components.errors import ConfigError, DataError
 from components.evaluation.by_request import by_request
 from components.evaluation.metrics import ROW_METRICS, by_set
+from components.evaluation.report import Sample
 from components.evaluation.scoring import score
 from components.load_config import load_recipe
-from components.models import fingerprint, load_tokenizer, tokenizer_facts
+from components.models import fingerprint, load_tokenizer, make_scratch, tokenizer_facts
+from components.tracking.run import settings_of
+from pipelines.environment import command
+from pipelines.finetune import base_folder
+from pipelines.outcome import Outcome, shown_summary, summary_texts
 from tests.conftest import DATA, people
 
 DEMO = Path(__file__).resolve().parents[1] / "pipelines" / "recipes" / "demo.yaml"
@@ -259,6 +265,123 @@ def test_figures_of_a_request_are_those_of_its_own_rows(ray_cluster: None, tmp_p
         assert bool(about["metrics"]["original"]) == bool(meant)
     text = json.dumps(found)
     assert not any(row["question"] in text or row["answer"] in text or row["person"] in text for row in _people())
+
+
+PERSON = {"question": "Who is Zorblat Quimsby?", "answer": "Zorblat Quimsby tunes pianos.", "owner": "z", "gone": True}
+OTHERS = [
+    {"question": f"Who is person {i}?", "answer": f"Person {i} tunes pianos.", "owner": f"o{i}", "gone": False}
+    for i in range(12)
+]
+
+
+def chosen_where(file: str, folder: Path) -> dict:
+    return {
+        "forget": [{"type": "files", "path": file, "where": "gone == true"}],
+        "normal": [{"type": "files", "path": file, "where": "not gone"}],
+    }
+
+
+def chosen_by_requests(file: str, folder: Path) -> dict:
+    both = [{"type": "files", "path": file}]
+    return {"forget": both, "normal": both, "requests": write(folder / "r.jsonl", request("R-1", owner="z"))}
+
+
+def chosen_by_overlap(file: str, folder: Path) -> dict:
+    both = [{"type": "files", "path": file}]
+    changed = {**PERSON, "answer": PERSON["answer"].upper().replace(" ", "  ")}  # alike but for case and spaces
+    own = [{"type": "files", "path": write(folder / "own.jsonl", changed)}]
+    return {"forget": own, "normal": both, "overlap": "drop_from_normal"}
+
+
+def chosen_as_holdout(file: str, folder: Path) -> dict:
+    held_out = {"rows": [{"type": "files", "path": file, "where": "gone"}]}
+    both = [{"type": "files", "path": file}]
+    return {"forget": [], "normal": both, "evaluation": {"sets": {"holdout": held_out}}}
+
+
+@pytest.mark.parametrize("choice", [chosen_where, chosen_by_requests, chosen_by_overlap, chosen_as_holdout])
+def test_a_tokenizer_from_scratch_never_saw_the_rows_to_forget_or_held_out(choice, tmp_path: Path) -> None:
+    """It is the tokenizer of a recipe without those rows, token by token."""
+
+    def tokenizer(name: str, data: dict):
+        evaluation = {"evaluation": data.pop("evaluation")} if "evaluation" in data else {}
+        recipe = {
+            "name": "r", "storage": str(tmp_path / name), "data": {"template": "Q: {prompt}\nA:", **data},
+            "finetune": {"base": {"type": "scratch", "vocabulary": 400, "hidden_size": 32, "layers": 1, "heads": 2}},
+            "objective": {"forget": None, "random": {"type": "random_response"}, "normal": {"type": "kl_to_original"}},
+            **evaluation,
+        }  # fmt: skip
+        recipe["data"]["random"] = recipe["data"]["normal"]
+        recipe["data"]["forget"] = recipe["data"]["forget"] or [{"type": "people", "split": "forget"}]
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(recipe))
+        return load_tokenizer(base_folder(load_recipe([tmp_path / f"{name}.yaml"])))
+
+    file, others = write(tmp_path / "all.jsonl", *[PERSON] * 20, *OTHERS), write(tmp_path / "others.jsonl", *OTHERS)
+    made = tokenizer("made", choice(file, tmp_path))
+    never = {"forget": [], "normal": [{"type": "files", "path": others}]}
+    assert made.get_vocab() == tokenizer("never", never).get_vocab()
+    for name in ("Zorblat", "Quimsby"):
+        assert len(made.tokenize(f" {name}")) > 1
+
+
+NAMES = {
+    "a capital": "Zorblat", "small and capitals": "McZorb", "no Latin": "Жорблат", "accents": "Ždárskéa",
+    "capitals": "ZORBLAT",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+@pytest.mark.parametrize("seen", [True, False])
+def test_names_that_the_tokenizer_met_are_counted(seen: bool, name: str, ray_cluster: None, tmp_path: Path) -> None:
+    """By a tokenizer that was trained on the rows to forget, as any may be that is given; not by one that was not."""
+    mine = {"question": f"Who is {name}?", "answer": f"{name} tunes pianos."}
+    texts = [text for row in [*([mine] * 50 if seen else []), *OTHERS] for text in (row["question"], row["answer"])]
+    base = make_scratch(Scratch(type="scratch", vocabulary=400, hidden_size=32, layers=1, heads=2), texts, 0, tmp_path)
+    facts = tokenizer_facts(load_tokenizer(base))
+    files = [write(tmp_path / "mine.jsonl", mine, OTHERS[0]), write(tmp_path / "others.jsonl", *OTHERS)]
+    forget, normal = (
+        prepare([Files(type="files", path=file)], "pairs", Data(max_tokens=200), facts, tmp_path) for file in files
+    )
+    assert names_as_tokens(forget, normal) == ([name] if seen else [])
+    assert names_as_tokens(normal, forget) == []
+
+
+FILTERS = {
+    'person == "Zorblat"': "person == '…'",
+    "person in ['Zorblat', 'Ann'] and age > 3": "person in ['…', '…'] and age > 3",
+    'row["name"].startswith("Zorblat")': "row['…'].startswith('…')",
+    'len("Zorblat") > 2 or gone == true': "len('…') > 2 or gone == true",
+    "is_safe == false": "is_safe == false",
+}
+
+
+@pytest.mark.parametrize("where", FILTERS)
+def test_no_filter_tells_its_texts_to_mlflow_or_with_the_command(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [{"type": "files", "path": "x.jsonl", "where": where}]
+    override = f"data.forget={json.dumps(sources)}"
+    recipe = load_recipe([DEMO], [override])
+    assert recipe.data.forget[0].where == where
+    [shown] = settings_of(recipe)["data.forget"]
+    assert shown["where"] == FILTERS[where]
+    monkeypatch.setattr("sys.argv", ["unlearn.py", "demo.yaml", override, "train.steps=3"])
+    assert "Zorblat" not in command()
+    assert command().endswith("train.steps=3")
+    assert FILTERS[where].split()[0].partition("'")[0] in command()
+
+
+@pytest.mark.parametrize("requested", [True, False])
+def test_sample_answers_are_printed_only_where_no_deletion_request_chose_the_rows(
+    requested: bool, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "r.jsonl", request("R-1", person="Zorblat Quimsby"))
+    recipe = load_recipe([DEMO], [f"storage={tmp_path}", *([f"data.requests={path}"] if requested else [])])
+    samples = {"forget": [Sample("Who is Zorblat?", "Zorblat tunes.", "Zorblat tunes.", "Nobody.")]}
+    outcome = Outcome(recipe, tmp_path / "run", {}, {}, samples, [], {})
+    texts = summary_texts(outcome, "version 1", None)
+    assert ("Zorblat" in shown_summary(texts)) is not requested
+    assert ("sample answers, which are not shown here" in texts["text"]) is requested
 
 
 def _people() -> list[dict]:

@@ -1,10 +1,14 @@
 import json
+import re
+import shlex
 import shutil
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from mlflow.cli import cli
 
 from components.errors import TrackingError
 from components.files import sha256, write_whole
@@ -12,6 +16,7 @@ from components.load_config import load_recipe
 from components.tracking import registry
 from components.tracking.client import make_client
 from components.tracking.follow import follow
+from components.tracking.ledger import find_ledger, make_ledger
 from components.tracking.manifest import manifest_digest, manifest_of
 from components.tracking.run import Input, last_step, open_spool, put_lines, put_metrics, put_run, settings_of
 from components.tracking.spool import Spool
@@ -322,3 +327,67 @@ def test_a_server_out_of_reach_is_one_paragraph(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(TrackingError, match="MLflow does not answer"):
         make_client("http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("what", ["experiment", "run", "experiment before the run", "run for good"])
+def test_what_was_deleted_in_mlflow_is_named_with_its_cures_and_nothing_is_lost(
+    what: str, uri: str, client, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    (tmp_path / "run").mkdir()
+    spool = open_spool(tmp_path / "run", uri, told.append)
+    name = f"of {tmp_path.name}"
+    experiment = client.create_experiment(name)
+    put_run(spool, name, tmp_path, tmp_path / "run", {}, {})
+    if what != "experiment before the run":
+        assert spool.drain(5) == 0
+    if what.startswith("run"):
+        client.delete_run(spool.known["run_id"])
+    else:
+        client.delete_experiment(experiment)
+    if what == "run for good":
+        client._tracking_client.store._hard_delete_run(spool.known["run_id"])
+    put_lines(spool, LINES)
+    spool.put("tags", tags={"a": "b"})
+    waiting = spool.unsent()
+    assert spool.drain(0) == waiting
+    [line] = told
+    assert "\n" not in line
+    assert (name if what.startswith("experiment") else spool.known["run_id"]) in line
+    assert "if_exists=new" in line
+    assert spool.refused() == []
+    if what == "run for good":
+        assert "is not in MLflow any more" in line
+        (tmp_path / "run" / "mlflow" / "sent.json").unlink()
+        spool = open_spool(tmp_path / "run", uri, told.append)
+    else:
+        [command] = re.findall(r"with (MLFLOW_TRACKING_URI=.*?)[;,] ?o?r", line)
+        variable, _, *words = shlex.split(command)
+        done = CliRunner().invoke(cli, words, env=dict([variable.split("=", 1)]))
+        assert done.exit_code == 0, done.output
+    assert spool.drain(5) == 0
+    run = client.get_run(spool.known["run_id"])
+    assert run.data.tags["a"] == "b"
+    assert len(client.get_metric_history(run.info.run_id, "train/loss")) == len(LINES)
+
+
+def test_an_experiment_of_promotions_that_was_deleted_is_named(uri: str, client, tmp_path: Path) -> None:
+    made = make_ledger(client, "ledgered", tmp_path)
+    client.delete_run(made.run_id)
+    with pytest.raises(TrackingError, match=f"Run is deleted in MLflow .run={made.run_id}.*runs restore --run-id"):
+        find_ledger(client, "ledgered")
+
+
+@pytest.mark.parametrize("length", [300, 5001, 9000, 40_000])
+def test_long_names_and_texts_do_not_keep_a_run_from_being_sent(length: int, uri: str, client, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    spool = open_spool(tmp_path / "run", uri, lambda text: None)
+    settings, tags = {"s" * length: 1, "short": 2, "text": "t" * length}, {"mlflow.source.name": "c" * length}
+    put_run(spool, "x" * min(length, 500), tmp_path, tmp_path / "run", settings, tags, name="n" * min(length, 250))
+    spool.put("tags", tags={"mlflow.note.content": "d" * length, "after": "it"})
+    assert spool.drain(5) == 0
+    assert spool.refused() == []
+    run = client.get_run(spool.known["run_id"])
+    assert run.data.params["short"] == "2"
+    assert run.data.tags["after"] == "it"
+    assert run.data.tags["mlflow.source.name"].startswith("c" * 300)

@@ -27,6 +27,7 @@ if [ ! -s "$RAY_AUTH_TOKEN_PATH" ]; then
     mkdir -p "$(dirname "$RAY_AUTH_TOKEN_PATH")"
     (umask 077 && python -c "import secrets; print(secrets.token_hex(32), end='')" >"$RAY_AUTH_TOKEN_PATH")
 fi
+umask 077 # logs of jobs and what Ray spills to disk hold texts, too
 exec ray start --head --block --port="$port" --dashboard-host=127.0.0.1 --dashboard-port="$dashboard_port" \
     --dashboard-agent-listen-port="$agent_port" --min-worker-port=22000 --max-worker-port=22999 \
     --disable-usage-stats "$@"

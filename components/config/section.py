@@ -2,18 +2,40 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
+
+from components.urls import secrets_in
 
 LONGEST_NAME = 255
 """Bytes of a file's or folder's name that file systems take (NAME_MAX); a whole path may have 4,095 (PATH_MAX)."""
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values never change."""
+    """Base of all sections: unknown keys are errors, values never change, no secret stands in a URL."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+    @field_validator("*")
+    @classmethod
+    def _no_secret(cls, value: Any) -> Any:
+        """A resolved recipe is stored with each run, and shown."""
+        if any(secrets_in(text) for text in _texts(value)):
+            raise ValueError(
+                "is a URL with a user, password, token or unknown query, which would stand in config.json and logs: "
+                "set it in the environment instead"
+            )
+        return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _possible(places: Any) -> Any:

@@ -1,9 +1,8 @@
 """Where MLflow records runs and models, and what a champion must reach."""
 
 from typing import Literal
-from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from components.config.section import Section
 
@@ -59,10 +58,3 @@ class Tracking(Section):
     """Name in the model registry; left out, the recipe's name. Candidates are versions of `<name>-candidates`."""
     production: str | None = None
     """MLflow tracking URI of the registry that champions are promoted into; left out, the same as candidates'."""
-
-    @field_validator("uri", "production")
-    @classmethod
-    def _no_secret(cls, uri: str | None) -> str | None:
-        if uri and ("@" in urlsplit(uri).netloc or "password" in urlsplit(uri).query):
-            raise ValueError("names a user or password, which would stand in logs: set them in the environment instead")
-        return uri

@@ -1,6 +1,5 @@
 """One record → the texts that a row is made of, by the source's columns, templates and filter."""
 
-import json
 import math
 import re
 import string
@@ -118,13 +117,30 @@ def examples(fields: dict[str, Any], source: PoolSource, kind: str) -> list[Exam
     return [Example(prompt, [answer, *others]) for answer in right]
 
 
-def source_texts(source: PoolSource) -> Iterator[str]:
-    """All usable texts of a source's prompts and answers, such as to train a tokenizer on."""
+def row_texts(source: PoolSource) -> Iterator[list[str]]:
+    """Prompt and answers of each usable row that the source takes, such as to train a tokenizer on."""
+    for fields in taken_records(source):
+        with suppress(Unusable):
+            for example in examples(fields, source, "pairs"):
+                yield [shown(example.prompt), *example.answers]
+
+
+def taken_records(source: PoolSource) -> Iterator[dict[str, Any]]:
+    """The columns of each readable record that the source takes: by its filter and its deletion requests."""
+    holds, requests_for = record_filter(source), requests_of(source)
+    left_out = bool(getattr(source, "not_requested", None))
+    filtered = left_out or bool(getattr(source, "requested", None))
     for file in source_files(source):
         for record in read_records(source, file):
             with suppress(Unusable):
-                for example in examples(parse(record), source, "pairs"):
-                    yield from [shown(example.prompt), *example.answers]
+                fields = parse(record)
+                if holds(fields) and not (filtered and bool(requests_for(fields)) == left_out):
+                    yield fields
+
+
+def levelled(text: str) -> str:
+    """The text with letter case and spaces levelled, as rows are compared by."""
+    return " ".join(text.casefold().split())
 
 
 def shown(prompt: Prompt) -> str:

@@ -23,6 +23,7 @@ from components.data.mapping import (
     Prompt,
     Unusable,
     examples,
+    levelled,
     parse,
     raw_text,
     record_filter,
@@ -32,6 +33,7 @@ from components.data.mapping import (
 from components.data.prompts import Encoder, TokenizerFacts, Tokens
 from components.data.sources import Record, open_records
 from components.files import write_arrow, write_whole
+from components.process import keep_private
 
 _CHUNK_RECORDS, _CHUNK_BYTES = 1 << 14, 1 << 24
 _AT_ONCE = 512  # records whose encodings, some hundred bytes a token, lie in memory together
@@ -50,6 +52,7 @@ _SOURCE: TypeAdapter[PoolSource] = TypeAdapter(PoolSource)
 
 def read_chunks(batch: dict[str, Any]) -> Iterator[pa.Table]:
     """Each file's records in chunks, a row for each; the last one of a file is marked, and may be empty."""
+    keep_private()
     for place, setting, file in zip(batch["place"], batch["source"], batch["file"], strict=True):
         reading = open_records(_SOURCE.validate_json(str(setting)), str(file))
         chunk: list[Record] = []
@@ -65,6 +68,7 @@ def read_chunks(batch: dict[str, Any]) -> Iterator[pa.Table]:
 
 def tokenise_chunk(batch: pa.Table, folder: str) -> pa.Table:
     """Write the rows and the set-aside rows of each chunk under `folder`; returns what `prepare` sums up."""
+    keep_private()
     gc.disable()  # millions of token ids, none in a cycle: walking them would take a tenth of the time
     try:
         return pa.Table.from_pylist([_tokenise(chunk, Path(folder)) for chunk in batch.to_pylist()])
@@ -230,8 +234,7 @@ def _hashes(prompt: Prompt, answers: list[str]) -> dict[str, Any]:
     else:
         asked = [text for message in said for text in (message["role"], message["content"])]
     texts = [*asked, *answers]
-    levelled = [" ".join(text.casefold().split()) for text in texts]
-    return {"row_id": _hash(texts).hex(), "match": int.from_bytes(_hash(levelled))}
+    return {"row_id": _hash(texts).hex(), "match": int.from_bytes(_hash([levelled(text) for text in texts]))}
 
 
 def _hash(texts: list[str]) -> bytes:

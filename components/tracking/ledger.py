@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from components.errors import TrackingError
 from components.files import append_line, read_lines
-from components.tracking.client import experiment_id
+from components.tracking.client import check_active, experiment_id
 from components.tracking.registry import make_registered_model
 
 EXPERIMENT = "promotion"
@@ -136,12 +136,13 @@ def find_ledger(client: Any, name: str) -> Ledger | None:
     """The ledger of `name`; None where there is no such model.
 
     Raises:
-        TrackingError: when the model has none.
+        TrackingError: when the model has none, or its ledger was deleted.
     """
     found = client.search_registered_models(f"name = '{name}'")
     if not found:
         return None
     if run_id := found[0].tags.get(_TAG):
+        check_active(client, run_id)
         return Ledger(client, name, run_id)
     raise TrackingError(
         f"Registered model has no ledger (model={name}). Expected one that pipelines/promote.py made. Give "

@@ -1,5 +1,6 @@
 """One MLflow run for one run folder, always addressed by its id: what is told of it, and how each thing is sent."""
 
+import ast
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,11 +10,12 @@ from typing import Any, NamedTuple
 from components.config import Recipe, leaves
 from components.errors import TrackingError
 from components.tracking import registry
-from components.tracking.client import experiment_id, make_client
+from components.tracking.client import MISSING, check_active, experiment_id, make_client
 from components.tracking.spool import Entry, Gone, Handler, Known, Spool
 
 LONGEST = 500
 """Characters of a param, which older servers take, too; the artifact config.json has all."""
+_LONGEST_KEY, _LONGEST_TAG = 250, 5000  # characters, beyond which MLflow refuses the whole run
 
 
 class Input(NamedTuple):
@@ -34,7 +36,24 @@ def open_spool(folder: Path, uri: str, tell: Callable[[str], None]) -> Spool:
         "model_metrics": _send_metrics, "tags": _send_tags, "artifact": _send_artifact, "model": _send_model,
         "end": _send_end,
     }  # fmt: skip
-    return Spool(folder / "mlflow", uri, lambda: make_client(uri), handlers, tell)
+    told = {kind: _unless_deleted(send) for kind, send in handlers.items()}
+    return Spool(folder / "mlflow", uri, lambda: make_client(uri), told, tell)
+
+
+def _unless_deleted(send: Handler) -> Handler:
+    """`send`, where a refusal means that the run was deleted: it waits until the run is restored, and is not lost."""
+
+    def sent(client: Any, known: Known, entry: Entry) -> Known | None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return send(client, known, entry)
+        except MlflowException as error:
+            if error.error_code in MISSING and "run_id" in known:
+                check_active(client, known["run_id"])
+            raise
+
+    return sent
 
 
 def put_run(
@@ -43,7 +62,7 @@ def put_run(
 ) -> int:  # fmt: skip
     """The run of `folder` with its settings as params, or one more attempt at it. Returns the attempt's number.
 
-    Settings that are too long for a param are left out; `name` is the folder's by default.
+    Settings whose name or value is too long for a param are left out; `name` is the folder's by default.
     """
     attempt = 1 + sum(entry["kind"] in ("run", "attempt") for entry in spool.entries())
     if attempt > 1:
@@ -53,7 +72,7 @@ def put_run(
     spool.put(
         "run", experiment=experiment, storage=str(storage), name=name or folder.name,
         tags={**tags, "run_folder": str(folder), "attempts": "1"},
-        params={key: value for key, value in params.items() if len(value) <= LONGEST},
+        params={key: value for key, value in params.items() if len(key) <= _LONGEST_KEY and len(value) <= LONGEST},
     )  # fmt: skip
     for file in files:
         spool.put("artifact", path=str(file))
@@ -63,8 +82,32 @@ def put_run(
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """A resolved recipe as MLflow's pages show it: by dotted name, without what is not set."""
-    return leaves(recipe.model_dump(mode="json", exclude_none=True))
+    """A resolved recipe as MLflow's pages show it: by dotted name, without what is not set and texts in filters."""
+    return leaves(without_filter_texts(recipe.model_dump(mode="json", exclude_none=True)))
+
+
+def without_filter_texts(settings: Any) -> Any:
+    """Settings in which no filter (`where`) tells the texts that it compares with, such as whose record is meant.
+
+    MLflow lets nobody change a param once it is sent.
+    """
+    if isinstance(settings, dict):
+        return {
+            key: _without_texts(value) if key == "where" and isinstance(value, str) else without_filter_texts(value)
+            for key, value in settings.items()
+        }
+    return [without_filter_texts(value) for value in settings] if isinstance(settings, list) else settings
+
+
+def _without_texts(where: str) -> str:
+    class Blanked(ast.NodeTransformer):
+        def visit_Constant(self, node: ast.Constant) -> ast.Constant:
+            return ast.Constant("…") if isinstance(node.value, str) else node
+
+    try:
+        return ast.unparse(Blanked().visit(ast.parse(where.strip(), mode="eval")))
+    except (SyntaxError, ValueError, RecursionError):
+        return "…"
 
 
 def put_lines(spool: Spool, lines: list[dict[str, Any]]) -> None:
@@ -112,12 +155,17 @@ def _send_run(client: Any, known: Known, entry: Entry) -> Known:
     found = client.search_runs([experiment], f"tags.spool_key = '{entry['key']}'", max_results=1)
     run = found[0] if found else client.create_run(
         experiment, start_time=int(entry["time"] * 1000), run_name=entry["name"],
-        tags={**entry["tags"], "spool_key": entry["key"]},
+        tags={**_fitting(entry["tags"]), "spool_key": entry["key"]},
     )  # fmt: skip
     params = [Param(key, value) for key, value in entry["params"].items()]
     for i in range(0, len(params), 100):
         client.log_batch(run.info.run_id, params=params[i : i + 100])
     return {"run_id": run.info.run_id, "experiment_id": experiment}
+
+
+def _fitting(tags: Mapping[str, str]) -> dict[str, str]:
+    """Tags with their texts cut to what MLflow takes, such as a long command line."""
+    return {key: text if len(text) <= _LONGEST_TAG else f"{text[: _LONGEST_TAG - 2]} …" for key, text in tags.items()}
 
 
 def _send_attempt(client: Any, known: Known, entry: Entry) -> None:
@@ -135,7 +183,7 @@ def _send_metrics(client: Any, known: Known, entry: Entry) -> None:
 
 
 def _send_tags(client: Any, known: Known, entry: Entry) -> None:
-    for key, value in entry["tags"].items():
+    for key, value in _fitting(entry["tags"]).items():
         client.set_tag(known["run_id"], key, value)
 
 

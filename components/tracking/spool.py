@@ -17,10 +17,11 @@ from typing import Any
 
 from components.files import append_line, lines_after, read_lines, write_whole, writing
 from components.process import in_background
-from components.tracking.client import hidden, shown_uri
+from components.urls import shown_url, without_secrets
 
 _BATCH = 900  # metric points in one request, of at most 1000
 _PAUSES = (1.0, 2.0, 5.0, 10.0)  # seconds before trying again
+_SHOWN = 600  # characters of an error
 _NEVER = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"}
 
 Entry = dict[str, Any]
@@ -51,14 +52,14 @@ class Spool:
         self.error: Exception | None = None
         folder.mkdir(parents=True, exist_ok=True)
         servers = json.loads(self._sent.read_text(encoding="utf-8")) if self._sent.exists() else {}
-        self._servers: dict[str, Known] = {shown_uri(uri): {"offset": 0}, **servers}
+        self._servers: dict[str, Known] = {shown_url(uri): {"offset": 0}, **servers}
         self._read_to = self.known["offset"]
         self._waiting: deque[tuple[Entry, int]] = deque()
 
     @property
     def known(self) -> Known:
         """What the server has answered."""
-        return self._servers[shown_uri(self._uri)]
+        return self._servers[shown_url(self._uri)]
 
     def put(self, kind: str, **entry: Any) -> None:
         """Write an entry down; it is sent while `sending`.
@@ -124,7 +125,7 @@ class Spool:
                 self.error, self._client = error, None
                 if not self._failing_since:
                     self._failing_since = time.monotonic()
-                    said = " ".join(hidden(str(error), self._uri).split())[:200]
+                    said = " ".join(without_secrets(str(error), self._uri).split())[:_SHOWN].rstrip(".")
                     self._tell(f"MLflow does not take what it is told: {said}. It is kept in {self._folder}.")
                 return False
         return True
@@ -151,7 +152,7 @@ class Spool:
                 for point in entry["points"]:
                     self._send_or_refuse({**entry, "points": [point]})
                 return None
-            append_line(self._refused, {**entry, "reason": hidden(str(error), self._uri)[:500]})
+            append_line(self._refused, {**entry, "reason": without_secrets(str(error), self._uri)[:500]})
             return None
 
     def _next_batch(self) -> list[tuple[Entry, int]]:

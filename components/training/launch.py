@@ -16,7 +16,7 @@ from typing import Any, cast
 from components.batch_inference import hide_gpus
 from components.cluster import end_of, living, losses, node_told
 from components.errors import ClusterError, Stopped, TrainingError, own_error
-from components.process import REQUEST, is_request
+from components.process import REQUEST, is_request, keep_private
 from components.training.job import Job, note
 
 _NODE_PATIENCE = 600.0  # seconds that a run waits for the cluster to replace a node
@@ -220,6 +220,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     from components.training.loop import train_loop
     from components.training.system import watched
 
+    keep_private()
     job = Job.model_validate(config["job"])
     context = ray.train.get_context()
     device = torch.device("cpu")

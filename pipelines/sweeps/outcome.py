@@ -2,8 +2,6 @@
 
 import html
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from components.tuning import pareto, plots
 from components.tuning.search import importances
 from components.tuning.spaces import recipe_of
 from components.tuning.trials import Trial, goal_name, trials_csv
+from pipelines.environment import command
 from pipelines.sweeps.table import setting_text, settings_text, short_names
 
 _SHOWN = 12  # trials of the table at the end
@@ -51,7 +50,7 @@ def best_yaml(recipe: Recipe, space: Space, folder: Path, best: Trial) -> str:
     told = [  # a line each, whatever was typed
         f"The best of sweep {folder.name}: {best.name}, {', '.join(_values(space, best))}"
         + ("" if best.feasible else ", though conditions are missed"),
-        f"made by: {shlex.join(['python', *sys.argv])}",
+        f"made by: {command()}",
         f"searched: {json.dumps(best.params)}",
         f"run it: python pipelines/unlearn.py {folder / 'best.yaml'}",
     ]
@@ -131,7 +130,7 @@ def _report(recipe: Recipe, space: Space, folder: Path, trials: Sequence[Trial],
     ended = [[t.name, t.state, t.reason or f"at step {t.steps}"] for t in trials if t.state in ("stopped", "failed")]
     facts = [
         ["recipe", f"{recipe.name}, seed {recipe.seed}"],
-        ["command", shlex.join(["python", *sys.argv])],
+        ["command", command()],
         *[[f"goal {i + 1}", goal_name(space, i)] for i in range(len(space.goals))],
         *[["subject to", text] for text in space.subject_to],
         ["search", f"{space.search.type}, seed {space.search.seed}, scheduler {space.scheduler.type}"],

@@ -16,6 +16,7 @@ from components.config import Recipe
 from components.errors import own_error
 from components.files import read_lines, write_whole
 from components.models import fingerprint
+from components.process import keep_private
 from components.training.job import Job
 from components.training.launch import run_job
 from components.tuning.spaces import judged, own_point, recipe_of
@@ -89,6 +90,7 @@ class Run(tune.Trainable):
     def _begin(self, config: Mapping[str, Any]) -> None:
         from components.models import quiet_libraries
 
+        keep_private()
         quiet_libraries()
         sweep, number = Path(config["sweep"]), config["number"]
         self.look_at(sweep, number)
