@@ -225,6 +225,8 @@ def yaml_value(text: str) -> Any:
         node = loader.get_single_node()
         if node is not None and _expanded(node, {}) > _LARGEST:
             raise ConfigError(f"its aliases (*name) make more than {_LARGEST:,} characters of it; repeat less")
+        if node is not None:
+            _check_named_once(node)
         return None if node is None else loader.construct_document(node)
     except RecursionError:
         raise ConfigError("it is nested too deeply") from None
@@ -232,6 +234,25 @@ def yaml_value(text: str) -> Any:
         raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01, a number of 5,000 digits
         raise ConfigError(" ".join(str(error).split())) from None
+
+
+def _check_named_once(node: yaml.Node) -> None:
+    """Raise ConfigError for a section that names a key twice, of which YAML would silently take the last."""
+    waiting, known = [node], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in known or isinstance(node, yaml.ScalarNode):
+            continue
+        known.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            names = [key.value for key in keys]
+            if twice := [key for i, key in enumerate(keys) if key.value in names[:i]]:
+                line = twice[0].start_mark.line + 1
+                raise ConfigError(f"key {twice[0].value!r} is named twice in one section (line {line})")
+            waiting += [part for pair in node.value for part in pair]
+        else:
+            waiting += node.value
 
 
 def _expanded(node: yaml.Node, known: dict[int, float]) -> float:

@@ -9,7 +9,7 @@ import yaml
 
 from components.config import AdamW, Data, Soul, config_hash, run_name
 from components.errors import ConfigError
-from components.load_config import load_recipe, merge, parse_override
+from components.load_config import load_recipe, merge, parse_override, read_yaml
 from pipelines import tune
 from pipelines.cli import parse_arguments
 from pipelines.compare import cells_of
@@ -86,6 +86,23 @@ def test_a_section_that_a_file_gives_stays_what_the_file_says(tmp_path: Path) ->
     assert (recipe.objective.forget.type, recipe.objective.normal.weight) == ("npo", 3.0)  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match=r"objective.random.type: Field required"):
         load_recipe([DEMO.with_name("tofu-forget10.yaml"), tmp_path / "only.yaml"], ["objective.random.weight=3"])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("seed: 1\nname: a\nseed: 2\n", r"'seed' is named twice in one section \(line 3\)"),
+        ("train: {steps: 1, workers: 0, steps: 2}", r"'steps' is named twice in one section \(line 1\)"),
+        ("gates:\n  - metric: a\n    min: 0\n    metric: b\n", r"'metric' is named twice in one section \(line 4\)"),
+        ('a: &x {b: 1, "b": 2}\nc: *x', r"'b' is named twice"),
+    ],
+)
+def test_a_key_named_twice_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "twice.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        load_recipe([tmp_path / "twice.yaml"])
+    (tmp_path / "shared.yaml").write_text("a: &x {b: 1}\nc: {<<: *x, b: 2}\nd: [*x, *x]\n")
+    assert read_yaml(tmp_path / "shared.yaml") == {"a": {"b": 1}, "c": {"b": 2}, "d": [{"b": 1}, {"b": 1}]}
 
 
 def test_override_values_are_yaml_and_may_hold_equals() -> None:
