@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from components.evaluation.evaluate import Reference, evaluate_records, forget_q
 from components.evaluation.membership import ATTACKS, auc
 from components.evaluation.metrics import ROW_METRICS, normalised_probability, probability
 from components.evaluation.report import metrics_table
+from components.evaluation.scoring import token_statistics
 from components.evidence import attainable
 
 EDGES = [0.0, -0.0, -5e-324, -1e-9, -math.log(2), -87.4, -700.0, -745.2, -1e4, -3.4e38, -math.inf]
@@ -116,6 +118,19 @@ def test_forget_quality_of_too_few_rows_is_missing(count: int, least: float) -> 
     more = pa.Table.from_pylist([row([-1.0], [-2.0], row_id=str(i)) for i in range(4)])
     quality = evaluate_records(more, Reference([5.0, 6, 7, 8], None), evaluation("forget", utility=[]))
     assert quality.values["forget_quality"] == pytest.approx(2 / math.comb(8, 4))
+
+
+@pytest.mark.parametrize("least", [-math.inf, -3e38, -1e30, -1e4])
+def test_tokens_of_probability_0_add_nothing_to_mean_and_variance(least: float) -> None:
+    """As those of a padded vocabulary: the statistics are those of the vocabulary without them."""
+    logits, tokens = torch.randn(5, 7), torch.tensor([0, 6, 3, 2, 1])
+    padded = torch.cat([logits, torch.full((5, 3), least)], dim=1)
+    for found, expected in zip(token_statistics(padded, tokens), token_statistics(logits, tokens), strict=True):
+        torch.testing.assert_close(found, expected)
+    certain = torch.full((1, 4), least).index_fill(1, torch.tensor([2]), 0.0)
+    logp, mean, variance, hit = token_statistics(certain, torch.tensor([2]))
+    assert (logp.item(), mean.item(), variance.item(), hit.item()) == (0.0, 0.0, 0.0, True)
+    assert token_statistics(certain, torch.tensor([1]))[0].item() == pytest.approx(least)
 
 
 def test_means_of_nothing_and_of_everything() -> None:

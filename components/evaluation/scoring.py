@@ -175,11 +175,7 @@ class Scorer:
 
     def _of_tokens(self, states: Any, tokens: Any) -> tuple[Any, Any, Any, Any]:
         """[n, hidden] states and the [n] tokens that follow → logp, mean, variance and hit, in fp32 or better."""
-        logp = self.model.get_output_embeddings()(states).float().log_softmax(-1)
-        p = logp.exp()
-        mean = (p * logp).sum(-1)
-        variance = (p * (logp - mean.unsqueeze(-1)) ** 2).sum(-1)
-        return logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), mean, variance, logp.argmax(-1) == tokens
+        return token_statistics(self.model.get_output_embeddings()(states).float(), tokens)
 
     def _gradient_norm(self, prompt: list[int], answer: list[int]) -> float:
         """L2 norm of the gradient of the mean −log p, averaged over the parameter tensors."""
@@ -209,6 +205,19 @@ class Scorer:
             samples,
             self.asked.temperature,
         )
+
+
+def token_statistics(logits: Any, tokens: Any) -> tuple[Any, Any, Any, Any]:
+    """[n, vocabulary] logits and the [n] tokens that follow → logp, mean, variance and hit (`Scored`).
+
+    A probability of 0, as of a padded vocabulary's tokens or of a collapsed model's, adds nothing to mean and variance.
+    """
+    logp = logits.log_softmax(-1)
+    p = logp.exp()
+    counted = logp.masked_fill(p == 0, 0.0)  # 0 · log 0 = 0
+    mean = (p * counted).sum(-1)
+    variance = (p * (counted - mean.unsqueeze(-1)) ** 2).sum(-1)
+    return logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), mean, variance, logp.argmax(-1) == tokens
 
 
 def _ids(rows: pa.Table) -> tuple[list[list[int]], list[list[list[int]]]]:
