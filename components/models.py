@@ -236,6 +236,8 @@ def load_model(folder: Path, dtype: str = "fp32") -> Any:
     check_files(folder)
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": "auto"}
     model = _open_whole(folder, "causal", dtype=types[dtype]).eval()
+    if getattr(model.config, "rescale_every", 0):  # RWKV divides weights in place before its first answer
+        model.config.rescale_every = 0
     with _told("Model", folder, f"Expected a {KINDS['causal']} that takes token ids alone."):
         _check_logits(model, folder)
     return model
@@ -247,9 +249,15 @@ def _check_logits(model: Any, folder: Path) -> None:
 
     head = _output_layer(model, folder)
     probe = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 1]])
+    versions = [parameter._version for parameter in model.parameters()]
     with torch.no_grad():
         whole = model(input_ids=probe, use_cache=False).logits
         parts = head(model.base_model(input_ids=probe, use_cache=False).last_hidden_state)
+    if versions != [parameter._version for parameter in model.parameters()]:
+        raise ModelError(
+            f"Model changes its own weights when it is asked (path={folder}, class={type(model).__name__}). Expected "
+            "one that leaves them alone: what is exported would be something else."
+        )
     if not torch.isfinite(whole).all():
         raise ModelError(f"Model gives numbers that are not finite (path={folder}). Expected sound weights.")
     if (whole[0, :3] - whole[1, :3]).norm() > 1e-2 * whole[0, :3].norm():

@@ -22,10 +22,11 @@ from components.config import Lora
 from components.errors import ModelError
 from components.load_config import load_recipe
 from components.model_files import check_files, config_problems, parameter_count, stored_tensors
-from components.models import check_model, load_classifier, load_model, load_tokenizer
+from components.models import check_model, load_classifier, load_model, load_tokenizer, save_model
 from components.training import trainable
 from pipelines import attack, evaluate, finetune, unlearn
 from pipelines.cli import run_cli
+from tests.families import tiny_folder
 from tests.test_pipelines import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -791,3 +792,27 @@ def test_inputs_are_refused_before_data_is_prepared(
         finetune.check_inputs(load_recipe([str(file)]))
     assert told in str(error.value)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("rwkv", {"num_hidden_layers": 7, "rescale_every": 2}),
+        ("rwkv", {"num_hidden_layers": 7, "rescale_every": 6}),
+        ("gpt2", {}),
+        ("minimax", {}),
+        ("gpt_oss", {}),
+    ],
+)
+def test_a_model_that_was_loaded_is_written_as_it_was(
+    family: str, changes: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    """Loading tries the model; that must not move a weight, as RWKV does when it is first asked."""
+    folder = tiny_folder(family, base, tmp_path / "model", **changes)
+    model = load_model(folder)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]))
+    save_model(model, load_tokenizer(folder), tmp_path / "again")
+    stored, written = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "again"))
+    assert stored.keys() == written.keys()
+    assert all(torch.equal(stored[name], written[name]) for name in stored)
