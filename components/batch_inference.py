@@ -51,6 +51,7 @@ def _on_ray(batches: list[pa.Table], make: Any, arguments: tuple[Any, ...], trai
         compute=ray.data.ActorPoolStrategy(size=size),
     )
     mapped.context.execution_no_progress_timeout_s = _PATIENCE
+    mapped.context.raise_original_map_exception = True  # else Ray keeps only the text of ours
     with stall_told("Scoring", _PATIENCE):
         results = pa.concat_tables(ray.get(mapped.to_arrow_refs()))
     return [results.take(np.argsort(results["batch"].to_numpy(), kind="stable")).drop_columns("batch")]
@@ -81,6 +82,7 @@ def run_parts(
         compute=ray.data.ActorPoolStrategy(size=min(train.workers, count)),
     )
     parts.context.execution_no_progress_timeout_s = _PATIENCE
+    parts.context.raise_original_map_exception = True
     with stall_told("The original model's pass over the rows", _PATIENCE):
         for batch in parts.iter_batches(batch_size=None):
             yield from batch["size"].tolist()
