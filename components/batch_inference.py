@@ -79,6 +79,7 @@ def _over_items(items: Sequence[Any], make: Any, arguments: tuple[Any, ...], tra
         compute=ray.data.ActorPoolStrategy(size=min(train.workers, len(rows))),
     )
     results.context.execution_no_progress_timeout_s = _PATIENCE
+    results.context.raise_original_map_exception = True  # else Ray keeps only the text of ours
     for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield from zip(batch["place"].to_pylist(), batch["result"].to_pylist(), strict=True)
 

@@ -4,15 +4,19 @@ import errno
 import os
 import pickle
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import ray
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from components import cluster
-from components.errors import ClusterError, DataError, StorageError, TrainingError, UnlearnError, stall_told
+from components.batch_inference import map_batches, run_parts
+from components.config import Train
+from components.errors import ClusterError, DataError, ModelError, StorageError, TrainingError, UnlearnError, stall_told
 from components.training import launch
 
 LOST = [
@@ -140,3 +144,32 @@ def test_other_errors_of_a_worker_stay_what_they_are(error: Exception) -> None:
 def test_one_node_alone_is_not_asked(tmp_path: Path, ray_cluster: None) -> None:
     cluster.check_sees(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+class Fails:
+    """Raises where it is told to, as a model that cannot be loaded or used does."""
+
+    def __init__(self, when: str):
+        self.when = when
+        if when == "made":
+            raise ModelError("Model cannot be loaded (path=/x). Load another.")
+
+    def __call__(self, given: Any) -> Any:
+        if self.when == "file":
+            Path("/nowhere/summary.json").read_text(encoding="utf-8")
+        raise ModelError("Model cannot be loaded (path=/x). Load another.")
+
+
+@pytest.mark.parametrize("when", ["made", "called", "file"])
+@pytest.mark.parametrize("pass_over", ["batches", "parts"])
+def test_errors_of_ray_datas_workers_arrive_as_they_were_raised(ray_cluster: None, pass_over: str, when: str) -> None:
+    train = Train(workers=1, cpus_per_worker=1)
+    kind, told = (ClusterError, "cannot use /nowhere/summary.json") if when == "file" else (ModelError, "Load another.")
+    passes: dict[str, Callable[[], Any]] = {
+        "batches": lambda: map_batches(pa.table({"x": [1]}), Fails, (when,), lengths=[1], batch_size=1, train=train),
+        "parts": lambda: list(run_parts(2, Fails, (when,), train)),
+    }
+    with pytest.raises(kind) as raised:
+        passes[pass_over]()
+    assert told in str(raised.value)
+    assert "\n" not in str(raised.value)

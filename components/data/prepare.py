@@ -157,6 +157,7 @@ def _chunks(files: list[dict[str, str]], folder: Path) -> Chunks:
         _tokenise, batch_size=1, batch_format="pyarrow", fn_args=(str(folder),), num_cpus=0.5,
         compute=ray.data.TaskPoolStrategy(size=cpus),
     )  # fmt: skip
+    dataset.context.raise_original_map_exception = True  # else Ray keeps only the text of ours
     dataset.context.target_max_block_size = 1 << 24  # a chunk or two: work is shared out evenly, memory stays small
     with stall_told("Preparing data", dataset.context.execution_no_progress_timeout_s):
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
