@@ -67,7 +67,7 @@ def _left(storage: Path, folder: Path, runs: Sequence[Path], unknown: Sequence[P
     yield "the sources themselves, and the file of requests"
     yield "the original model, which knows the records"
     yield "candidates in MLflow that were not promoted, and earlier champions"
-    if count := json.loads((folder / "summary.json").read_text()).get("names_as_tokens"):
+    if count := json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("names_as_tokens"):
         yield f"the tokenizer of all models of the run: {count} of the names are tokens of their own"
     for file in storage.glob("models/*.checkpoints"):
         yield f"checkpoints of fine-tuning that was not finished: {file.name}"
@@ -149,7 +149,7 @@ def _whole(source: PoolSource) -> PoolSource:
 
 
 def _recipe_of(folder: Path) -> Recipe:
-    return Recipe.model_validate_json((folder / "config.json").read_text())
+    return Recipe.model_validate_json((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def _names_texts(folder: Path) -> bool:
@@ -161,7 +161,7 @@ def _forget_of(folder: Path) -> str | None:
     """Digest of a run's forget rows, finished or not."""
     for file in (folder / "summary.json", folder / "begun.json"):
         if file.exists():
-            return json.loads(file.read_text()).get("made_from", {}).get("forget")
+            return json.loads(file.read_text(encoding="utf-8")).get("made_from", {}).get("forget")
     return None
 
 
@@ -174,14 +174,14 @@ def _purge_run(folder: Path, client: Any) -> None:
         shutil.rmtree(place, ignore_errors=True)
     summary = folder / "summary.json"
     if summary.exists():
-        about = json.loads(summary.read_text())
+        about = json.loads(summary.read_text(encoding="utf-8"))
         write_whole(summary, json.dumps({**about, "samples_text": ""}, indent=2, ensure_ascii=False))
         _forget_report(client, about.get("mlflow_run_id"))
 
 
 def _checkpoints(folder: Path) -> Iterator[str]:
     begun = folder / "begun.json"
-    if begun.exists() and "id" in (about := json.loads(begun.read_text())):
+    if begun.exists() and "id" in (about := json.loads(begun.read_text(encoding="utf-8"))):
         yield checkpoint_place(_recipe_of(folder).train, folder / "checkpoints", f"{folder.name}-{about['id']}")
     elif (folder / "trial.json").exists():
         train = _recipe_of(folder).train
