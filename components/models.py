@@ -62,12 +62,18 @@ def _is_hub_id(path: str) -> bool:
 
 
 def _from_hub(model: Pretrained, storage: Path, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     try:
         name = f"{model.path.replace('/', '--')}@{model.revision or 'main'}"
         folder = storage / "hub" / name
+        begun = folder.with_name(f"{name}.begun")  # there while files are missing
+        if begun.exists():  # out of reach of the hub, the half that was downloaded would be taken for all
+            HfApi().model_info(model.path, revision=model.revision, timeout=10)
+        begun.parent.mkdir(parents=True, exist_ok=True)
+        begun.touch()
         snapshot_download(model.path, revision=model.revision, allow_patterns=patterns, local_dir=folder)
+        begun.unlink(missing_ok=True)
         return folder
     except Exception as error:  # the hub client raises many unrelated kinds
         raise ModelError(

@@ -67,7 +67,7 @@ def _left(storage: Path, folder: Path, runs: Sequence[Path], unknown: Sequence[P
     yield "the sources themselves, and the file of requests"
     yield "the original model, which knows the records"
     yield "candidates in MLflow that were not promoted, and earlier champions"
-    if count := json.loads((folder / "summary.json").read_text()).get("names_as_tokens"):
+    if count := json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("names_as_tokens"):
         yield f"the tokenizer of all models of the run: {count} of the names are tokens of their own"
     for file in storage.glob("models/*.checkpoints"):
         yield f"checkpoints of fine-tuning that was not finished: {file.name}"
@@ -149,7 +149,7 @@ def _whole(source: PoolSource) -> PoolSource:
 
 
 def _recipe_of(folder: Path) -> Recipe:
-    return Recipe.model_validate_json((folder / "config.json").read_text())
+    return Recipe.model_validate_json((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def _names_texts(folder: Path) -> bool:

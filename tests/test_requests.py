@@ -14,7 +14,7 @@ from components.config import Data, Evaluation, Files, Scratch, Train
 from components.data.mapping import Unusable, requests_of
 from components.data.name_tokens import names_as_tokens
 from components.data.people import people_rows
-from components.data.prepare import prepare, summary_of
+from components.data.prepare import Prepared, prepare, summary_of
 from components.data.requests import read_requests, whose
 from components.data.rows import PreparedRows
 from components.errors import ConfigError, DataError
@@ -28,7 +28,7 @@ from components.tracking.run import settings_of
 from pipelines.environment import command
 from pipelines.finetune import base_folder
 from pipelines.outcome import Outcome, shown_summary, summary_texts
-from tests.conftest import DATA, people
+from tests.conftest import DATA, people, write_rows
 
 DEMO = Path(__file__).resolve().parents[1] / "pipelines" / "recipes" / "demo.yaml"
 
@@ -332,17 +332,23 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 @pytest.mark.parametrize("seen", [True, False])
-def test_names_that_the_tokenizer_met_are_counted(seen: bool, name: str, ray_cluster: None, tmp_path: Path) -> None:
+def test_names_that_the_tokenizer_met_are_counted(seen: bool, name: str, tmp_path: Path) -> None:
     """By a tokenizer that was trained on the rows to forget, as any may be that is given; not by one that was not."""
     mine = {"question": f"Who is {name}?", "answer": f"{name} tunes pianos."}
     texts = [text for row in [*([mine] * 50 if seen else []), *OTHERS] for text in (row["question"], row["answer"])]
     base = make_scratch(Scratch(type="scratch", vocabulary=400, hidden_size=32, layers=1, heads=2), texts, 0, tmp_path)
-    facts = tokenizer_facts(load_tokenizer(base))
-    files = [write(tmp_path / "mine.jsonl", mine, OTHERS[0]), write(tmp_path / "others.jsonl", *OTHERS)]
-    forget, normal = (
-        prepare([Files(type="files", path=file)], "pairs", Data(max_tokens=200), facts, tmp_path) for file in files
-    )
+    tokenizer = load_tokenizer(base)
+
+    def prepared(folder: str, rows: list[dict]) -> Prepared:
+        ids = [tokenizer(f"{row['question']} {row['answer']}")["input_ids"] for row in rows]
+        write_rows(tmp_path / folder, ids, [1] * len(ids))
+        settings = {"tokenizer": tokenizer_facts(tokenizer)._asdict()}
+        (tmp_path / folder / "settings.json").write_text(json.dumps(settings))
+        return Prepared(tmp_path / folder, folder, len(ids), 0)
+
+    forget, normal = prepared("forget", [mine, OTHERS[0]]), prepared("normal", OTHERS)
     assert names_as_tokens(forget, normal) == ([name] if seen else [])
+    assert names_as_tokens(forget, prepared("both", [*OTHERS, mine])) == []
     assert names_as_tokens(normal, forget) == []
 
 
