@@ -1,13 +1,9 @@
 """What a person sees: progress lines, tables that fit a terminal, short numbers."""
 
-import errno
-import io
 import os
-import select
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 
@@ -79,63 +75,3 @@ def silent_stderr() -> Iterator[None]:
         finally:
             os.dup2(kept, 2)
             os.close(kept)
-
-
-def steady_console() -> None:
-    """Make printing unable to fail, for this process from now on: losing its console must not cost a run its result.
-
-    Characters that the console's encoding lacks are escaped, as in ascii(). After a write failed, because the reader of
-    the pipe left (`| head`), the disk is full or the terminal is gone, further text is discarded. A stream that was
-    closed by whoever started the process (`>&-`) leads nowhere.
-    """
-    for descriptor in range(3):
-        with suppress(OSError):
-            os.fstat(descriptor)
-            continue
-        os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, this one: else the next file would get it
-    for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        stream: Any = getattr(sys, name)
-        if stream is None or stream is getattr(sys, f"__{name}__"):
-            text = io.TextIOWrapper(
-                io.BufferedWriter(_Descriptor(descriptor)),
-                encoding=stream.encoding if stream else "utf-8",
-                errors="backslashreplace",
-                line_buffering=bool(stream and stream.line_buffering),
-                write_through=bool(stream and stream.write_through),
-            )
-            setattr(sys, name, text)
-        else:  # ours already, or a test's
-            stream.reconfigure(errors="backslashreplace")
-
-
-class _Descriptor(io.RawIOBase):
-    """Writes to a file descriptor until that fails, then nowhere. Waits for one that does not block."""
-
-    def __init__(self, number: int):
-        self._number, self._lost = number, False
-
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return self._number
-
-    def isatty(self) -> bool:
-        return os.isatty(self._number)
-
-    def write(self, data: Any) -> int:
-        while not self._lost:
-            try:
-                return os.write(self._number, data)
-            except BlockingIOError:
-                select.select([], [self._number], [])
-            except OSError as error:
-                self._lost = True
-                if error.errno != errno.EPIPE:  # by which a reader says that it has seen enough
-                    self._tell(error)
-        return len(data)
-
-    def _tell(self, error: OSError) -> None:
-        name, other = ("stdout", 2) if self._number == 1 else ("stderr", 1)
-        with suppress(OSError):
-            os.write(other, f"{name} cannot be written: {error.strerror}. The command goes on without it.\n".encode())

@@ -95,7 +95,7 @@ def _with_defaults(raw: dict[str, Any], path: Sequence[str], schemas: Sequence[t
     if not rest or field is None:
         return raw
     default = field.get_default(call_default_factory=True, validated_data={})
-    inner = raw.get(key, default.model_dump(mode="json") if isinstance(default, BaseModel) else {})
+    inner = raw.get(key, default.model_dump(mode="json", exclude_unset=True) if isinstance(default, BaseModel) else {})
     if not isinstance(inner, dict):
         return raw
     return {**raw, key: _with_defaults(inner, rest, _models_in(field.annotation))}

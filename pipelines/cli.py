@@ -4,10 +4,12 @@ import argparse
 import atexit
 import errno
 import functools
+import io
 import json
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -18,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from components.cluster import check_sees
 from components.config import Recipe, run_name
-from components.console import progress_line, silent_stderr, steady_console
+from components.console import progress_line, silent_stderr
 from components.errors import ClusterError, ConfigError, Stopped, own_error
 from components.files import refused
 from components.load_config import load_recipe
@@ -347,3 +349,63 @@ def absolute_folder(given: str) -> Path:
     if not path.is_absolute() and "working_dir_files" in Path.cwd().parts:
         path = Path.home() / "ray-unlearn" / path
     return path.resolve()
+
+
+def steady_console() -> None:
+    """Make printing unable to fail, for this process from now on: losing its console must not cost a run its result.
+
+    Characters that the console's encoding lacks are escaped, as in ascii(). After a write failed, because the reader of
+    the pipe left (`| head`), the disk is full or the terminal is gone, further text is discarded. A stream that was
+    closed by whoever started the process (`>&-`) leads nowhere.
+    """
+    for descriptor in range(3):
+        with suppress(OSError):
+            os.fstat(descriptor)
+            continue
+        os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, this one: else the next file would get it
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream: Any = getattr(sys, name)
+        if stream is None or stream is getattr(sys, f"__{name}__"):
+            text = io.TextIOWrapper(
+                io.BufferedWriter(_Descriptor(descriptor)),
+                encoding=stream.encoding if stream else "utf-8",
+                errors="backslashreplace",
+                line_buffering=bool(stream and stream.line_buffering),
+                write_through=bool(stream and stream.write_through),
+            )
+            setattr(sys, name, text)
+        else:  # ours already, or a test's
+            stream.reconfigure(errors="backslashreplace")
+
+
+class _Descriptor(io.RawIOBase):
+    """Writes to a file descriptor until that fails, then nowhere. Waits for one that does not block."""
+
+    def __init__(self, number: int):
+        self._number, self._lost = number, False
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._number
+
+    def isatty(self) -> bool:
+        return os.isatty(self._number)
+
+    def write(self, data: Any) -> int:
+        while not self._lost:
+            try:
+                return os.write(self._number, data)
+            except BlockingIOError:
+                select.select([], [self._number], [])
+            except OSError as error:
+                self._lost = True
+                if error.errno != errno.EPIPE:  # by which a reader says that it has seen enough
+                    self._tell(error)
+        return len(data)
+
+    def _tell(self, error: OSError) -> None:
+        name, other = ("stdout", 2) if self._number == 1 else ("stderr", 1)
+        with suppress(OSError):
+            os.write(other, f"{name} cannot be written: {error.strerror}. The command goes on without it.\n".encode())

@@ -422,9 +422,10 @@ def test_report_and_card_are_whole(records: pa.Table, evaluation: Evaluation, tm
     lines.append({"step": 3, "train/bad_steps": 1.0})  # a step that was left out
     shown = {"forget": telling_samples(records, records, "forget")}
     gates = [["m", "1", ">=", "0", "pass"]]
-    write_report(tmp_path / "r.html", "a <run>", {"command": "x"}, models, tables, lines, shown, gates)
+    write_report(tmp_path / "r.html", "a <run>", {"command": "x"}, models, tables, lines, shown, gates, "gates <hold>")
     page = (tmp_path / "r.html").read_text()
     assert "a &lt;run&gt;" in page
+    assert "gates &lt;hold&gt;" in page
     assert page.count("data:image/png;base64,") == 1 + 2 + 3
     assert "http" not in page.replace('http-equiv="', "")  # nothing is fetched from outside
     assert shown["forget"][0].question in page

@@ -356,13 +356,20 @@ def test_the_harness_gets_a_model_that_is_loaded_already(
         given.update(options)
         return {"results": {"task": {"acc,none": 0.5}}}
 
-    harness, tasks = types.ModuleType("lm_eval"), types.ModuleType("lm_eval.tasks")
-    harness.simple_evaluate, tasks.TaskManager = simple_evaluate, lambda **options: None  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "lm_eval", harness)
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
+    class Wrapped:
+        def __init__(self, model: Any, **options: Any):
+            given.update(options, pretrained=model)
+
+    modules = {name: types.ModuleType(name) for name in ("lm_eval", "lm_eval.tasks", "lm_eval.models.huggingface")}
+    modules["lm_eval"].simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
+    modules["lm_eval.tasks"].TaskManager = lambda **options: None  # type: ignore[attr-defined]
+    modules["lm_eval.models.huggingface"].HFLM = Wrapped  # type: ignore[attr-defined]
+    for name, module in {**modules, "lm_eval.models": types.ModuleType("lm_eval.models")}.items():
+        monkeypatch.setitem(sys.modules, name, module)
     assert general_ability(folder, "hash", LmEval(tasks=["task"]), tmp_path) == {"lm_eval_task_acc": 0.5}
-    assert isinstance(given["model_args"]["pretrained"], torch.nn.Module)
-    assert not isinstance(given["model_args"]["tokenizer"], str)
+    assert isinstance(given["model"], Wrapped)
+    assert isinstance(given["pretrained"], torch.nn.Module)
+    assert not isinstance(given["tokenizer"], str)
     change_json(folder / "config.json", num_hidden_layers=6)
     with pytest.raises(ModelError, match="missing"):
         general_ability(folder, "other", LmEval(tasks=["task"]), tmp_path)

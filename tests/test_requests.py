@@ -384,7 +384,7 @@ def test_sample_answers_are_printed_only_where_no_deletion_request_chose_the_row
     path = write(tmp_path / "r.jsonl", request("R-1", person="Zorblat Quimsby"))
     recipe = load_recipe([DEMO], [f"storage={tmp_path}", *([f"data.requests={path}"] if requested else [])])
     samples = {"forget": [Sample("Who is Zorblat?", "Zorblat tunes.", "Zorblat tunes.", "Nobody.")]}
-    outcome = Outcome(recipe, tmp_path / "run", {}, {}, samples, [], {})
+    outcome = Outcome(recipe, tmp_path / "run", {}, {}, samples, [], [], {})
     texts = summary_texts(outcome, "version 1", None)
     assert ("Zorblat" in shown_summary(texts)) is not requested
     assert ("sample answers, which are not shown here" in texts["text"]) is requested
