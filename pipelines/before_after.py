@@ -18,7 +18,7 @@ from components.evaluation.report import Sample, telling_samples
 from components.evidence import Evaluated, Evidence
 from components.files import read_lines, write_whole
 from components.models import fingerprint
-from components.tracking.gates import CANDIDATE, judge
+from components.tracking.gates import CANDIDATE, is_of_run, judge
 from pipelines.cli import say
 from pipelines.environment import command, versions
 from pipelines.evaluate import (
@@ -88,7 +88,7 @@ def evaluate_after(
             problems.append(f"cannot be evaluated: {error}")
     models = {**before.models, CANDIDATE: model}
     evidence = evidence_of(models, evaluated, before.questions, None)
-    now = [gate for gate in recipe.gates if not gate.suite and gate.of != "champion"]
+    now = [gate for gate in recipe.gates if is_of_run(gate)]
     happened = [event["text"] for event in read_lines(folder / "events.jsonl")]
     outcome = Outcome(
         recipe=recipe,

@@ -21,7 +21,7 @@ from components.evaluation.report import (
 )
 from components.evidence import Evaluated
 from components.files import read_lines, write_whole
-from components.tracking.gates import GateResult, gate_cells, gate_head, gate_table
+from components.tracking.gates import GateResult, gate_cells, gate_head, gate_table, is_of_run
 from components.urls import shown_url
 from pipelines.cli import tracking_uri
 
@@ -51,7 +51,7 @@ class Outcome(NamedTuple):
     def verdict(self) -> str:
         """What the gates say that can be judged by now."""
         failed = sum(not gate.passed for gate in self.gates)
-        later = len(self.recipe.gates) - len(self.gates)
+        later = sum(not is_of_run(gate) for gate in self.recipe.gates)
         told = [f"{failed} of {len(self.gates)} gates do not hold" if failed else "gates hold"] if self.gates else []
         told += [f"{later} more to be judged by promote.py"] if later else []
         return "; ".join([*self.problems, *told]) or "no gates"

@@ -92,7 +92,7 @@ def test_the_main_job_prints_what_matters_and_nothing_else(done, run_folder: Pat
         assert all(word in line for line in steps)
     text = done.stdout
     for words in ("baseline     original: forget_probability", "model_utility", "retain-only", str(run_folder),
-                  "report.html", "small-candidates version 1, gates hold", "mlflow ui"):  # fmt: skip
+                  "report.html", "small-candidates version 1, gates hold\n", "mlflow ui"):  # fmt: skip
         assert words in text
     assert text.count("\n  before  ") == text.count("\n  after   ") == 3
     assert text.index("baseline") < text.index("step 1/6")

@@ -42,6 +42,11 @@ def judge(gates: Sequence[Gate], candidate: Suites, model: str, champion: Suites
     return [*results, _differs(candidate.get(None), model)] if gates else []
 
 
+def is_of_run(gate: Gate) -> bool:
+    """Whether a run's own evaluation is enough to judge a gate; the others are for promotion."""
+    return not gate.suite and gate.of != "champion"
+
+
 def gate_head() -> tuple[str, ...]:
     """The columns of `gate_cells`."""
     return ("gate", "value", "condition", "bound", "margin", "verdict")
