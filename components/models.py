@@ -441,7 +441,7 @@ def _from_folder(auto: str, folder: Path, what: str, expected: str, **options: A
         import torch
         import transformers
 
-        quiet_libraries()
+        quiet_libraries()  # no bars of their own, nor reports on what becomes an error here
         door = getattr(transformers, auto)
         if "state_dict" not in options:
             return door.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)

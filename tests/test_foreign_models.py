@@ -296,24 +296,26 @@ def test_a_folders_code_is_neither_run_nor_asked_about(with_code: Path) -> None:
         "from components.errors import ModelError\n"
         "from components import models\n"
         "from components.evaluation.judge import Judge\n"
-        "import transformers; models.quiet_libraries(); began = time.perf_counter()\n"
+        "import transformers; longest = 0.0\n"
         "reads = {f.__name__: f for f in (models.check_model, models.load_model, models.load_tokenizer,\n"
         "    models.load_classifier, models.layer_count)}\n"
         "reads['judge'] = lambda folder: Judge(str(folder), 'x')\n"
         "for folder in sorted(Path(sys.argv[1]).iterdir()):\n"
         "    for name, read in reads.items():\n"
+        "        began = time.perf_counter()\n"
         "        try: read(folder)\n"
         "        except ModelError as error: print(folder.name, name, error)\n"
         "        else: print(folder.name, name, 'read')\n"
-        "print(time.perf_counter() - began)\n"
+        "        longest = max(longest, time.perf_counter() - began)\n"
+        "print(longest)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(with_code)], input="y\n" * 100, capture_output=True, text=True, cwd=ROOT,
         timeout=120,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    *lines, seconds = done.stdout.splitlines()
-    assert float(seconds) < 15
+    assert (done.returncode, done.stderr) == (0, "")
+    *lines, longest = done.stdout.splitlines()
+    assert float(longest) < 10  # transformers waits 15 s for an answer
     assert "Do you wish" not in done.stdout + done.stderr
     assert not list(with_code.rglob("RAN"))
     told = {" ".join(line.split()[:2]): line for line in lines if not line.startswith(("tokenizer,", "t5"))}

@@ -13,6 +13,7 @@ from components.config import Train
 from components.data.prepare import prepare
 from components.models import load_tokenizer, tokenizer_facts
 from components.training.launch import run_job
+from pipelines.unlearn import _tell_readable
 from tests.conftest import DATA
 from tests.training import TRAIN
 
@@ -69,3 +70,18 @@ def test_what_a_worker_writes_is_for_this_account_only(
     written = [place for place in made.rglob("*") if place.is_file()]
     assert written
     assert {str(place): oct(place.stat().st_mode & 0o777) for place in written if place.stat().st_mode & 0o077} == {}
+
+
+@pytest.mark.parametrize(
+    ("storage", "inside", "told"),
+    [(0o755, 0o755, True), (0o750, 0o644, True), (0o701, 0o750, True), (0o700, 0o755, False), (0o755, 0o700, False)],
+)
+@pytest.mark.parametrize("name", ["prepared", "mlflow-artifacts", "evaluations"])
+def test_texts_that_an_earlier_version_left_open_are_told(
+    name: str, storage: int, inside: int, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name).chmod(inside)
+    tmp_path.chmod(storage)
+    _tell_readable(tmp_path)
+    assert (f"chmod -R go= {tmp_path}" in capsys.readouterr().out) is told
