@@ -138,10 +138,11 @@ def node_told() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, UnlearnError) or error.errno not in _UNSEEN or not error.filename:
+        if isinstance(error, UnlearnError) or error.errno not in _UNSEEN:
             raise
+        told = f"{error.filename}: {error.strerror}" if error.filename else str(error)  # pyarrow's: all in the text
         raise ClusterError(
-            f"Node {_here()} cannot use {error.filename}: {error.strerror}. Expected the same files on every node. "
+            f"Node {_here()} cannot use {told}. Expected the same files on every node. "
             "Mount the storage folder there at the same path, or set storage to a shared one; on a node that sees it, "
             "somebody removed the file meanwhile."
         ) from error

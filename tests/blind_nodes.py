@@ -35,17 +35,16 @@ def main(job: Job, storage: Path) -> None:
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     start = f"exec {Path(sys.executable).parent}/ray start --address={cluster.address} --num-cpus=1 --block"
-    nodes = [
-        subprocess.Popen(
-            ["unshare", "-m", "sh", "-c", f"{view.format(storage=storage, parent=storage.parent)} && {start}"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )
-        for view in VIEWS
-    ]  # fmt: skip
     ray.init(address=cluster.address, log_to_driver=False, logging_level=40)
-    deadline = time.monotonic() + 60
-    while sum(node["Alive"] for node in ray.nodes()) < 4 and time.monotonic() < deadline:
-        time.sleep(0.2)
+    nodes = []
+    for view in VIEWS:  # one after the other: several that start at once take each other's ports
+        shell = f"{view.format(storage=storage, parent=storage.parent)} && {start}"
+        nodes.append(subprocess.Popen(["unshare", "-m", "sh", "-c", shell], stdout=subprocess.DEVNULL))
+        deadline = time.monotonic() + 60
+        while sum(node["Alive"] for node in ray.nodes()) < 1 + len(nodes):
+            assert nodes[-1].poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
     facts = tokenizer_facts(load_tokenizer(Path(job.model)))
     tried: dict[str, Callable[[], object]] = {
         "check": lambda: check_sees(storage),

@@ -17,6 +17,7 @@ from components import cluster
 from components.batch_inference import map_batches, run_parts
 from components.config import Train
 from components.errors import ClusterError, DataError, ModelError, StorageError, TrainingError, UnlearnError, stall_told
+from components.files import write_arrow
 from components.training import launch
 
 LOST = [
@@ -125,6 +126,14 @@ def test_a_file_that_a_worker_cannot_use_is_told_with_its_node(number: int, monk
     assert str(pickle.loads(pickle.dumps(told.value))) == str(told.value)
 
 
+def test_so_is_one_that_pyarrow_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its errors have no file name, only a text."""
+    monkeypatch.setattr(cluster, "_here", lambda: "10.0.0.3 (gpu-3, id 5ab3)")
+    with pytest.raises(ClusterError, match=r"Node 10\.0\.0\.3 .*nowhere.* No such file") as told, cluster.node_told():
+        write_arrow(pa.table({"x": [1]}), tmp_path / "nowhere" / "x.arrow")
+    assert "\n" not in str(told.value)
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -146,23 +155,21 @@ def test_one_node_alone_is_not_asked(tmp_path: Path, ray_cluster: None) -> None:
     assert not (tmp_path / "new").exists()
 
 
-class Fails:
-    """Raises where it is told to, as a model that cannot be loaded or used does."""
-
-    def __init__(self, when: str):
-        self.when = when
-        if when == "made":
-            raise ModelError("Model cannot be loaded (path=/x). Load another.")
-
-    def __call__(self, given: Any) -> Any:
-        if self.when == "file":
-            Path("/nowhere/summary.json").read_text(encoding="utf-8")
-        raise ModelError("Model cannot be loaded (path=/x). Load another.")
-
-
 @pytest.mark.parametrize("when", ["made", "called", "file"])
 @pytest.mark.parametrize("pass_over", ["batches", "parts"])
 def test_errors_of_ray_datas_workers_arrive_as_they_were_raised(ray_cluster: None, pass_over: str, when: str) -> None:
+
+    class Fails:  # here, so that it travels by value: no module of tests is on the workers' path
+        def __init__(self, when: str):
+            self.when = when
+            if when == "made":
+                raise ModelError("Model cannot be loaded (path=/x). Load another.")
+
+        def __call__(self, given: Any) -> Any:
+            if self.when == "file":
+                Path("/nowhere/summary.json").read_text(encoding="utf-8")
+            raise ModelError("Model cannot be loaded (path=/x). Load another.")
+
     train = Train(workers=1, cpus_per_worker=1)
     kind, told = (ClusterError, "cannot use /nowhere/summary.json") if when == "file" else (ModelError, "Load another.")
     passes: dict[str, Callable[[], Any]] = {

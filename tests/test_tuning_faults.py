@@ -127,6 +127,8 @@ def test_the_driver_is_killed_and_the_same_command_goes_on(recipe: Path, straigh
     first = Typed(recipe, space)
     first.until(lambda: steps_of(recipe, space, 1) > 20)
     first.process.send_signal(number)
+    if number != signal.SIGKILL:  # as `timeout` does: to the process, then to its group
+        os.killpg(first.process.pid, number)
     assert first.process.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
     first.nothing_is_left()
     assert len(results(recipe, space)) == 1
