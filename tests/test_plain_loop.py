@@ -38,7 +38,10 @@ def rows(folder: str | None) -> list[tuple[list[int], list[int]]]:
 def test_the_product_gives_the_same_parameters(
     page: ModuleType, make_job: Any, tmp_path: Path, zero_stage: int
 ) -> None:
-    """Over four epochs of the forget set, the last batch of each a short one, with K = 2, clipping, weight decay and three refreshes of the Hessian."""
+    """Over four epochs of the forget set, the last batch of each a short one.
+
+    With K = 2, clipping, weight decay and three refreshes of the Hessian.
+    """
     steps = 8
     job = make_job("product", TRAIN.model_copy(update={"steps": steps, "zero_stage": zero_stage}))
     settings = page.Settings(
