@@ -52,6 +52,13 @@ def test_only_what_says_so_is_a_collapse(objective: Objective, metrics: dict[str
     assert bool(worse_than_guessing(objective, metrics, 400)) == worse
 
 
+def test_rows_that_are_yet_to_be_learnt_are_no_collapse() -> None:
+    """An original that knows nothing of the normal rows begins worse than guessing, and gets better."""
+    objective, bad = Objective(forget=ASCENT, normal=Nll(type="nll")), {"train/normal_loss": 9.0}
+    assert worse_than_guessing(objective, bad, 400, at_start=9.5) is None
+    assert worse_than_guessing(objective, bad, 400, at_start=8.5)
+
+
 def ruined(make_job: Any, name: str, **train: Any) -> Job:
     """A job that throws its model away."""
     settings = {"steps": 12, "micro_batch_size": 8, **train}

@@ -46,6 +46,8 @@ class Course(NamedTuple):
     """Steps left out so far because their numbers were not finite."""
     collapsed: int = 0
     """Steps in a row, up to this one, after which the model answered normal rows worse than by guessing."""
+    normal_loss_at_start: float | None = None
+    """Of the first step that measured it."""
 
 
 def gathered(value: Any, setup: Setup) -> list[Any]:

@@ -28,16 +28,18 @@ def broken(guards: Sequence[Guard], metrics: Mapping[str, float]) -> str | None:
     return None
 
 
-def worse_than_guessing(objective: Objective, metrics: Mapping[str, float], vocabulary: int) -> str | None:
+def worse_than_guessing(
+    objective: Objective, metrics: Mapping[str, float], vocabulary: int, at_start: float = 0.0
+) -> str | None:
     """Say how badly the model answers normal rows if a uniform guess among `vocabulary` tokens does better, else None.
 
     The guess loses ln V nats per token, and its KL from the original is ln V minus the original's entropy. Only of
-    unlearning: a model that learns from scratch starts there.
+    unlearning, and of a loss above that `at_start`: a model that still has to learn the normal rows begins there.
     """
     if not (objective.forget or objective.random):
         return None
     guess, loss = math.log(vocabulary), metrics.get("train/normal_loss")
-    if loss is not None and isinstance(objective.normal, KlToOriginal | Nll) and loss > guess:
+    if loss is not None and isinstance(objective.normal, KlToOriginal | Nll) and loss > max(guess, at_start):
         return f"train/normal_loss {loss:.3g} is above {guess:.3g}, that of guessing"
     probability = metrics.get(f"{PROBE}normal_probability")
     if probability is not None and probability < 1 / vocabulary:

@@ -213,8 +213,11 @@ def _watched(setup: Setup, course: Course, measured: dict[str, float]) -> Course
     if BAD_STEPS in measured:
         return course
     vocabulary = setup.engine.module.model.config.get_text_config().vocab_size
-    worse = worse_than_guessing(setup.job.objective, measured, vocabulary)
-    course = course._replace(collapsed=course.collapsed + 1 if worse else 0)
+    at_start = course.normal_loss_at_start
+    if at_start is None:
+        at_start = measured.get("train/normal_loss")
+    worse = worse_than_guessing(setup.job.objective, measured, vocabulary, at_start or 0.0)
+    course = course._replace(collapsed=course.collapsed + 1 if worse else 0, normal_loss_at_start=at_start)
     if worse and setup.batcher.rank == 0 and (course.collapsed == 1 or _has_collapsed(course, setup.job)):
         then = ": training stops" if _has_collapsed(course, setup.job) else ""
         note(setup.job, "collapse", f"step {course.step}: the model collapses, {worse}{then}", step=course.step)
