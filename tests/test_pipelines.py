@@ -280,6 +280,7 @@ def test_attacks_on_the_runs_own_model(run_folder: Path, recipe: Path, cluster_a
     assert not (run_folder.parent / "attacks").exists() or not list((run_folder.parent / "attacks").iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_without_evaluation_or_retain_only_model(
     run_folder: Path, recipe: Path, tmp_path: Path, cluster_address: str
 ) -> None:

@@ -62,7 +62,7 @@ def passed_over(folder: Path, base: Path, make_job) -> Path:
     return folder / "p"
 
 
-@pytest.mark.parametrize("work", [prepared, trained, scored, passed_over])
+@pytest.mark.parametrize("work", [prepared, pytest.param(trained, marks=pytest.mark.slow), scored, passed_over])
 def test_what_a_worker_writes_is_for_this_account_only(
     work, ray_cluster: None, base: Path, make_job, tmp_path: Path
 ) -> None:

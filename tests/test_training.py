@@ -33,6 +33,7 @@ def test_zero_stage_and_micro_batches_do_not_change_the_model(make_job, tmp_path
     assert distance(run(make_job("a"), tmp_path), run(make_job("b", TRAIN.model_copy(update=change)), tmp_path)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_workers_do_not_change_the_model(make_job, tmp_path: Path) -> None:
     """20 steps in this process, on 1 Ray worker and on 2 under ZeRO-3: the same parameters within 1e-5.
