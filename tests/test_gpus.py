@@ -44,7 +44,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpus")
     finetune = {**SMALL["finetune"], "train": {**SMALL["finetune"]["train"], "workers": 1, "gpus_per_worker": 1}}
     changed = {"finetune": finetune, "train": {**SMALL["train"], "gpus_per_worker": 1}}
-    attacks = {"relearn": {"steps": [2]}, "bits": [4], "prefixes": {}}
+    attacks = {"relearn": {"steps": [2]}, "bits": [], "prefixes": {}}
     file = folder / "gpus.yaml"
     file.write_text(yaml.safe_dump({**SMALL, **changed, "attacks": attacks, "storage": str(folder / "runs")}))
     return file
@@ -78,7 +78,6 @@ def test_attacks_on_logical_gpus(run_folder: Path, recipe: Path, address: str) -
     done = command("attack", str(recipe), RAY_ADDRESS=address)
     assert done.returncode == 0, done.stderr
     assert "relearn 20%, 2 steps" in done.stdout
-    assert "4-bit weights" in done.stdout
 
 
 @pytest.fixture
@@ -104,7 +103,7 @@ def test_a_judge_on_logical_gpus(run_folder: Path, recipe: Path, address: str, c
     assert "forget_harmful" in done.stdout
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_sweep_on_logical_gpus(run_folder: Path, recipe: Path, address: str, workers: int) -> None:
     """Trials of one process that hold a GPU each, and trials of two workers that take turns with both."""
     space = recipe.with_name(f"space{workers}.yaml")
