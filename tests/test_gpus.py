@@ -5,6 +5,7 @@ Scheduling, placement and the order of results are those of a machine with GPUs;
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,11 +40,31 @@ def address() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small recipe, in which all that may reserve a GPU does."""
+def classifier(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random judge."""
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    names = {0: "fine", 1: "harmful"}
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=2, id2label=names, label2id={name: i for i, name in names.items()}
+    )
+    folder = tmp_path_factory.mktemp("judge")
+    model.save_pretrained(folder)
+    load_tokenizer(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(classifier: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small recipe, in which all that may reserve a GPU does, and a classifier judges the answers."""
     folder = tmp_path_factory.mktemp("gpus")
+    judge = {"type": "classifier", "path": str(classifier), "label": "harmful"}
     finetune = {**SMALL["finetune"], "train": {**SMALL["finetune"]["train"], "workers": 1, "gpus_per_worker": 1}}
-    changed = {"finetune": finetune, "train": {**SMALL["train"], "gpus_per_worker": 1}}
+    changed = {
+        "finetune": finetune, "train": {**SMALL["train"], "gpus_per_worker": 1},
+        "evaluation": {**SMALL["evaluation"], "judge": judge},
+    }  # fmt: skip
     attacks = {"relearn": {"steps": [2]}, "bits": [], "prefixes": {}}
     file = folder / "gpus.yaml"
     file.write_text(yaml.safe_dump({**SMALL, **changed, "attacks": attacks, "storage": str(folder / "runs")}))
@@ -66,41 +87,20 @@ def run_folder(recipe: Path, address: str) -> Path:
 
 
 def test_a_run_on_logical_gpus_is_that_on_cpus(run_folder: Path, recipe: Path, address: str) -> None:
-    """Preparing, fine-tuning, scoring, the reference pass, two workers of ZeRO-3, the report."""
+    """Preparing, fine-tuning, scoring, judging, the reference pass, two workers of ZeRO-3, the report."""
+    shutil.copytree(recipe.parent / "runs" / "models", recipe.parent / "cpus" / "models")  # those need no other try
     other = run_of(recipe, "cpus", address, "train.gpus_per_worker=0", "finetune.train.gpus_per_worker=0")
     found = [json.loads((folder / "metrics.json").read_text())["models"] for folder in (run_folder, other)]
     assert len(found[0]) == 3
     assert found[0] == found[1]
+    assert 0 <= found[0]["unlearned"]["values"]["forget_harmful"] <= 1
     assert len(read_lines(run_folder / "metrics.jsonl")) == SMALL["train"]["steps"]
 
 
 def test_attacks_on_logical_gpus(run_folder: Path, recipe: Path, address: str) -> None:
-    done = command("attack", str(recipe), RAY_ADDRESS=address)
+    done = command("attack", str(recipe), str(run_folder / "model"), "train.workers=1", RAY_ADDRESS=address)
     assert done.returncode == 0, done.stderr
     assert "relearn 20%, 2 steps" in done.stdout
-
-
-@pytest.fixture
-def classifier(run_folder: Path, tmp_path: Path) -> Path:
-    """A random one, of the run's own model."""
-    from transformers import AutoModelForSequenceClassification
-
-    torch.manual_seed(0)
-    names = {0: "fine", 1: "harmful"}
-    model = AutoModelForSequenceClassification.from_pretrained(
-        run_folder / "model", num_labels=2, id2label=names, label2id={name: i for i, name in names.items()}
-    )
-    model.save_pretrained(tmp_path / "judge")
-    load_tokenizer(run_folder / "model").save_pretrained(tmp_path / "judge")
-    return tmp_path / "judge"
-
-
-def test_a_judge_on_logical_gpus(run_folder: Path, recipe: Path, address: str, classifier: Path) -> None:
-    judge = f"evaluation.judge={{type: classifier, path: {classifier}, label: harmful}}"
-    shown = "evaluation.metrics=[forget_harmful, model_utility]"
-    done = command("evaluate", str(recipe), str(run_folder / "model"), judge, shown, RAY_ADDRESS=address)
-    assert done.returncode == 0, done.stderr
-    assert "forget_harmful" in done.stdout
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
@@ -136,7 +136,7 @@ def of(**train):
     return map_batches(rows, make, (5,), lengths=lengths, batch_size=size, train=Train(**train))
 
 ray.init(log_to_driver=False)
-for count, size in [(1, 8), (7, 3), (64, 1), (500, 7), (2000, 999)]:
+for count, size in [(1, 8), (7, 3), (500, 7)]:
     here = of(workers=0)
     assert here["y"].to_pylist() == [2 * x + 5 for x in range(count)]
     assert of(workers=2, gpus_per_worker=1).equals(here), (count, size)
