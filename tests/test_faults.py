@@ -179,6 +179,7 @@ def test_nodes_go(make_job: Any, tmp_path: Path, straight: Any, storage: Path) -
     check_same(make_job, straight, job, storage)
 
 
+@pytest.mark.long
 def test_nodes_that_do_not_see_the_storage_are_named(make_job: Any, tmp_path: Path, storage: Path) -> None:
     """Before any work begins; and whatever it is that meets the missing files later."""
     if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]).returncode:

@@ -86,15 +86,22 @@ def run_folder(recipe: Path, address: str) -> Path:
     return run_of(recipe, "runs", address)
 
 
-def test_a_run_on_logical_gpus_is_that_on_cpus(run_folder: Path, recipe: Path, address: str) -> None:
+def test_a_run_on_logical_gpus(run_folder: Path) -> None:
     """Preparing, fine-tuning, scoring, judging, the reference pass, two workers of ZeRO-3, the report."""
+    models = json.loads((run_folder / "metrics.json").read_text())["models"]
+    assert {*models} == {"original", "unlearned", "retain-only"}
+    assert all(0 <= about["values"]["forget_harmful"] <= 1 for about in models.values())
+    assert len(read_lines(run_folder / "metrics.jsonl")) == SMALL["train"]["steps"]
+    assert "forget_harmful" in (run_folder / "report.html").read_text()
+
+
+@pytest.mark.long
+def test_a_run_on_logical_gpus_is_that_on_cpus(run_folder: Path, recipe: Path, address: str) -> None:
     shutil.copytree(recipe.parent / "runs" / "models", recipe.parent / "cpus" / "models")  # those need no other try
     other = run_of(recipe, "cpus", address, "train.gpus_per_worker=0", "finetune.train.gpus_per_worker=0")
     found = [json.loads((folder / "metrics.json").read_text())["models"] for folder in (run_folder, other)]
     assert len(found[0]) == 3
     assert found[0] == found[1]
-    assert 0 <= found[0]["unlearned"]["values"]["forget_harmful"] <= 1
-    assert len(read_lines(run_folder / "metrics.jsonl")) == SMALL["train"]["steps"]
 
 
 def test_attacks_on_logical_gpus(run_folder: Path, recipe: Path, address: str) -> None:

@@ -35,6 +35,7 @@ def job_of(make_job: Any, stage: int, ranks: int, accumulation: int, clip: float
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_soul_equals_a_plain_loop_on_one_rank(make_job: Any, tmp_path: Path) -> None:
     """10 steps with a refresh every 3: ZeRO 0 to 3, accumulation 1 and 2, clipping off and on."""
     for clip in CLIPPING:

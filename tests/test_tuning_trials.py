@@ -97,6 +97,7 @@ def test_what_trials_share_is_made_once(folder: Path) -> None:
     assert made <= min(path.stat().st_mtime for path in folder.glob("trial-*/trial.json"))
 
 
+@pytest.mark.long
 def test_the_best_runs_as_it_is_and_is_the_same(folder: Path, cluster_address: str) -> None:
     """One worker of Ray Train computes what the trial's actor did."""
     again = command("unlearn", str(folder / "best.yaml"), "gates=[]", RAY_ADDRESS=cluster_address)
